@@ -1,0 +1,18 @@
+"""The Dual-stream Network (DS-Net, NeurIPS 2021) on fused kernels."""
+
+from dsnet_kernels.version import __version__
+
+from .block import DSBlock
+from .checkpoint import CheckpointError, load_checkpoint
+from .model import DSNet, create_model
+from .variants import list_models
+
+__all__ = [
+    "CheckpointError",
+    "DSBlock",
+    "DSNet",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+]

@@ -1,0 +1,81 @@
+"""BatchNorm as the affine that the kernels apply, in evaluation and in training."""
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def batch_norm_affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift) with norm(x) = scale·x + shift per channel.
+
+    scale = weight / √(var + eps), shift = bias − mean·scale, with the running statistics in
+    evaluation and the batch's own, differentiably, in training, where the running ones are then
+    updated as the module itself would (``SyncBatchNorm`` over its process group included).
+
+    Args:
+        norm: ``BatchNorm2d`` or ``SyncBatchNorm``.
+        x: (B, C, H, W).
+
+    Returns:
+        Two (C,) tensors in float32 (float64 for float64).
+
+    Raises:
+        TypeError: for another module.
+        ValueError: in training, if a channel has a single value.
+    """
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        raise TypeError(f"norm: expected BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if norm.training or norm.running_mean is None:
+        mean, var = _batch_statistics(norm, x.to(dtype))
+    else:
+        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight.to(dtype)
+        return scale, norm.bias.to(dtype) - mean * scale
+    return scale, -mean * scale
+
+
+def _batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the batch, all processes' for SyncBatchNorm."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    if isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1:
+        count, mean, var = _synchronise(count, mean, var, norm.process_group)
+    elif norm.training and count <= 1:
+        raise ValueError(
+            "x: expected more than one value per channel when training,"
+            f" got shape {tuple(x.shape)}"
+        )
+    if norm.training and norm.track_running_stats:
+        _update_running(norm, mean.detach(), var.detach(), count)
+    return mean, var
+
+
+def _world_size(norm: nn.SyncBatchNorm) -> int:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(norm.process_group or distributed.group.WORLD)
+
+
+def _synchronise(count, mean, var, group):
+    """Combines per-process statistics: means first, then variances about the common mean."""
+    from torch.distributed.nn.functional import all_reduce
+
+    group = group or distributed.group.WORLD
+    sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group=group)
+    total, common = sums[-1], sums[:-1] / sums[-1]
+    spread = all_reduce((var + (mean - common) ** 2) * count, group=group)
+    return total, common, spread / total
+
+
+def _update_running(norm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:
+        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    else:
+        momentum = norm.momentum
+    unbiased = var * (count / (count - 1))
+    with torch.no_grad():
+        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.copy_(running + momentum * (new.to(running.dtype) - running))

@@ -1,0 +1,90 @@
+"""Argument checks shared by the operations: each error names the argument, expected and got."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def dims(name: str, tensor: Tensor, layout: str) -> None:
+    """``tensor`` has one dimension per letter of ``layout``, such as ``"BCHW"``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(layout):
+        expected = f"{len(layout)} dimensions ({', '.join(layout)})"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(tensor.shape)}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """``tensor`` has one of the floating-point types the operations compute in."""
+    if tensor.dtype not in FLOATING:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise TypeError(f"{name}: expected one of {expected}, got {tensor.dtype}")
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """``tensor`` has exactly this shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(expected) or any(
+        got != want for got, want in zip(tensor.shape, expected, strict=True)
+    ):
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+
+
+def optional_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    """``tensor`` is None or has exactly this shape."""
+    if tensor is not None:
+        shape(name, tensor, expected)
+
+
+def parameters(leader_name: str, leader: Tensor, **others: Tensor | None) -> None:
+    """Parameters have the leader's dtype or float32 (mixed precision), and its device."""
+    allowed = {leader.dtype, torch.float32} if leader.dtype != torch.float64 else {torch.float64}
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in allowed:
+            expected = " or ".join(sorted(str(dtype) for dtype in allowed))
+            raise TypeError(
+                f"{name}: expected {expected} beside {leader_name} of {leader.dtype},"
+                f" got {tensor.dtype}"
+            )
+        same_device(leader_name, leader, name, tensor)
+
+
+def same_dtype(leader_name: str, leader: Tensor, name: str, tensor: Tensor) -> None:
+    """Activations of one call share their dtype and device."""
+    if tensor.dtype != leader.dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {leader_name}, {leader.dtype}, got {tensor.dtype}"
+        )
+    same_device(leader_name, leader, name, tensor)
+
+
+def same_device(leader_name: str, leader: Tensor, name: str, tensor: Tensor) -> None:
+    """``tensor`` lives where ``leader`` does."""
+    if tensor.device != leader.device:
+        raise ValueError(
+            f"{name}: expected the device of {leader_name}, {leader.device}, got {tensor.device}"
+        )
+
+
+def heads(name: str, width: int, num_heads: int) -> None:
+    """``width`` channels split into ``num_heads`` equal heads."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of {name} = {width}, got {num_heads}")
+
+
+def probability(name: str, value: float) -> None:
+    """0 ≤ value < 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """Under autocast a float32 activation takes the autocast dtype, as a convolution's does."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor

@@ -1,0 +1,60 @@
+"""The native libraries: the operator namespace, loading, and why a library is not there."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+LIBRARY = torch.library.Library("dsnet_kernels", "DEF")
+"""The operator namespace: schemas are defined here, natively implemented or not."""
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One shared library of kernels: where it is, and why it is not loaded (None if it is)."""
+
+    name: str
+    path: Path
+    refusal: str | None
+
+
+def _load(name: str) -> NativeLibrary:
+    path = _FOLDER / f"libdsnet_kernels_{name}.so"
+    if not path.exists():
+        return NativeLibrary(name, path, f"{path.name} was not built into this installation")
+    try:
+        torch.ops.load_library(str(path))
+    except Exception as error:  # The reason is kept and shown; nothing else may depend on it.
+        return NativeLibrary(name, path, f"{path.name} does not load: {_first_line(error)}")
+    return NativeLibrary(name, path, None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+CPU = _load("cpu")
+
+
+def cpu_refusal() -> str | None:
+    """Why the ``cpu`` library is not usable here, or None if it is."""
+    return CPU.refusal
+
+
+def introspection() -> tuple[ModuleType | None, str | None]:
+    """The pybind11 module (capability of this CPU, build configuration), or why it is absent."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, _first_line(error)
+    return _C, None
+
+
+def build_record() -> dict | None:
+    """What the build wrote down: compiler, flags, torch, CUDA; None where nothing was built."""
+    path = _FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.exists() else None
