@@ -44,6 +44,7 @@ class DSNet(nn.Module):
         variant: depths, widths and heads of the stages.
         num_classes: outputs of the classifier; 0 leaves it out.
         in_chans: channels of the image.
+        global_pool: ``"avg"``, or ``""`` for none, which needs ``num_classes=0``.
         alpha: share of the global stream's channels, 0 to 1.
         alignment: False leaves the co-attention out of every block.
         global_reduction: r of each stage; the paper's, or the public checkpoints' (8, 4, 2, 2).
@@ -66,6 +67,7 @@ class DSNet(nn.Module):
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
+        global_pool: str = "avg",
         alpha: float = 0.5,
         alignment: bool = True,
         global_reduction: Sequence[int] = PAPER_REDUCTION,
@@ -79,12 +81,13 @@ class DSNet(nn.Module):
         super().__init__()
         _check_per_stage("global_reduction", global_reduction)
         _check_per_stage("co_attention_dim", co_attention_dim)
-        for name, value in (("num_classes", num_classes), ("in_chans", in_chans - 1)):
-            if value < 0:
-                raise ValueError(f"{name}: expected a larger number, got {value}")
+        if in_chans < 1:
+            raise ValueError(f"in_chans: expected at least 1, got {in_chans}")
+        _check_head(num_classes, global_pool)
         self.variant = variant
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.global_pool = global_pool
         self.global_reduction = tuple(global_reduction)
         self.num_features = self.head_hidden_size = variant.embed_dims[-1]
         self.drop_rate = drop_rate
@@ -133,7 +136,7 @@ class DSNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global average pooling, dropout, and the classifier unless ``pre_logits``."""
-        x = self.head_drop(x.mean(dim=(2, 3)))
+        x = self.head_drop(x.mean(dim=(2, 3)) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -200,13 +203,12 @@ class DSNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised classifier; 0 removes it. Pooling is always ``"avg"``."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool: expected 'avg', got {global_pool!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
+        """A new, freshly initialised classifier; 0 removes it. None keeps the pooling."""
+        global_pool = self.global_pool if global_pool is None else global_pool
+        _check_head(num_classes, global_pool)
         like = self.stages[0].embed.weight
         self.num_classes = num_classes
+        self.global_pool = global_pool
         self.head = _classifier(self.num_features, num_classes).to(like.device, like.dtype)
         self.head.apply(_init_weights)
         self.head.train(self.training)
@@ -320,7 +322,7 @@ def create_model(
         features_only: return the stages' maps, not logits.
         out_indices: stages that ``features_only`` returns; default all.
         model_ema: take the averaged weights of a training checkpoint.
-        kwargs: ``co_attention_dim`` and ``mlp_ratio``.
+        kwargs: ``global_pool``, ``co_attention_dim`` and ``mlp_ratio``.
 
     The other arguments are :class:`DSNet`'s.
 
@@ -367,6 +369,14 @@ def create_model(
 def _check_per_stage(name: str, values: Sequence[int] | None) -> None:
     if values is not None and (len(values) != STAGES or any(v < 1 for v in values)):
         raise ValueError(f"{name}: expected {STAGES} numbers of at least 1, got {tuple(values)}")
+
+
+def _check_head(num_classes: int, global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool: expected 'avg' or '', got {global_pool!r}")
+    if num_classes < 0 or (num_classes > 0 and not global_pool):
+        expected = "at least 0" if global_pool else "0 without global pooling"
+        raise ValueError(f"num_classes: expected {expected}, got {num_classes}")
 
 
 def _classifier(features: int, num_classes: int) -> nn.Module:

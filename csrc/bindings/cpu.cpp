@@ -1,0 +1,248 @@
+// The operators on the CPU: checks, allocation, threads, registration with torch's stable ABI.
+#include "cpu/capability.h"
+#include "common/checks.h"
+#include "cpu/depthwise_conv3x3.h"
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+namespace dsnet {
+namespace {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+cpu::Storage storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return cpu::Storage::float32;
+    case ScalarType::BFloat16: return cpu::Storage::bfloat16;
+    case ScalarType::Double: return cpu::Storage::float64;
+    default:
+      throw std::runtime_error(
+          std::string("x: expected float32, bfloat16 or float64, got ") +
+          torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+// Channels next to each other, as they are or copied to channels_last.
+Tensor with_adjacent_channels(const Tensor& x) {
+  if (x.stride(1) == 1 || x.size(1) == 1) return x;
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+cpu::Pixels pixels_of(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+}
+
+Tensor empty_channels_last(const Tensor& like) {
+  return torch::stable::empty(
+      like.sizes(), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+      torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+template <typename Acc, typename T>
+void widen(const Tensor& contiguous, Acc* out) {
+  const T* data = static_cast<const T*>(contiguous.const_data_ptr());
+  std::copy(data, data + contiguous.numel(), out);
+}
+
+// A parameter's values as accumulators, in order; `absent` where there is none.
+template <typename Acc>
+std::vector<Acc> values_of(
+    const char* name, const OptionalTensor& parameter, int64_t count, Acc absent) {
+  std::vector<Acc> values(static_cast<size_t>(count), absent);
+  if (!parameter.has_value()) return values;
+  const Tensor contiguous = torch::stable::contiguous(*parameter);
+  switch (contiguous.scalar_type()) {
+    case ScalarType::Float: widen<Acc, float>(contiguous, values.data()); break;
+    case ScalarType::BFloat16:
+      widen<Acc, torch::headeronly::BFloat16>(contiguous, values.data());
+      break;
+    case ScalarType::Double:
+      // Narrowing a float64 parameter beside a float32 x would lose digits unseen.
+      if constexpr (std::is_same_v<Acc, double>) {
+        widen<Acc, double>(contiguous, values.data());
+        break;
+      }
+      [[fallthrough]];
+    default:
+      check(
+          false, name, ": expected x's dtype or float32, got ",
+          torch::headeronly::toString(contiguous.scalar_type()));
+  }
+  return values;
+}
+
+template <typename F>
+void with_accumulator(cpu::Storage storage, const F& body) {
+  if (storage == cpu::Storage::float64) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+cpu::DepthwiseShape check_depthwise(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+    const OptionalTensor& shift) {
+  check(
+      x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
+  const cpu::DepthwiseShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
+  check(
+      shape.channels > 0 && shape.height > 0 && shape.width > 0,
+      "x: expected at least one channel and pixel, got ", shape_text(x.sizes()));
+  check_shape("weight", weight, {shape.channels, 1, 3, 3});
+  check_shape("scale", scale, {shape.channels});
+  check_shape("shift", shift, {shape.channels});
+  return shape;
+}
+
+// Layout of the rows: see DepthwiseForward.
+template <typename Acc>
+std::vector<Acc> forward_coefficients(
+    const cpu::DepthwiseShape& shape, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
+  const int64_t C = shape.channels;
+  const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
+  const auto b = values_of<Acc>("bias", bias, C, 0);
+  const auto s = values_of<Acc>("scale", scale, C, 1);
+  const auto t = values_of<Acc>("shift", shift, C, 0);
+  std::vector<Acc> rows(static_cast<size_t>(cpu::DepthwiseForward::coefficient_rows * C));
+  for (int64_t c = 0; c < C; ++c) {
+    Acc tap[3][3];
+    for (int u = 0; u < 3; ++u) {
+      for (int v = 0; v < 3; ++v) {
+        const bool outside = (u != 1 && shape.height == 1) || (v != 1 && shape.width == 1);
+        tap[u][v] = outside ? Acc{0} : w[9 * c + 3 * u + v];
+        rows[(3 * u + v) * C + c] = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
+      }
+    }
+    for (int row_case = 0; row_case < 3; ++row_case) {
+      for (int column_case = 0; column_case < 3; ++column_case) {
+        Acc sum = 0;
+        for (int u = row_case == 0; u < 3 - (row_case == 2); ++u) {
+          for (int v = column_case == 0; v < 3 - (column_case == 2); ++v) sum += tap[u][v];
+        }
+        rows[(9 + 3 * row_case + column_case) * C + c] = b[c] + t[c] * sum;
+      }
+    }
+  }
+  return rows;
+}
+
+// Layout of the rows: see DepthwiseBackward.
+template <typename Acc>
+std::vector<Acc> backward_coefficients(
+    const cpu::DepthwiseShape& shape, const Tensor& weight, const OptionalTensor& scale,
+    const OptionalTensor& shift) {
+  const int64_t C = shape.channels;
+  const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
+  const auto s = values_of<Acc>("scale", scale, C, 1);
+  const auto t = values_of<Acc>("shift", shift, C, 0);
+  std::vector<Acc> rows(static_cast<size_t>(cpu::DepthwiseBackward::coefficient_rows * C));
+  for (int64_t c = 0; c < C; ++c) {
+    for (int k = 0; k < 9; ++k) rows[k * C + c] = w[9 * c + k];
+    rows[9 * C + c] = s[c];
+    rows[10 * C + c] = t[c];
+  }
+  return rows;
+}
+
+// Sums the slots in order, in double, whatever thread wrote them.
+template <typename Acc>
+void sum_slots(const Acc* partials, int64_t slots, int64_t values, Acc* out) {
+  torch::stable::parallel_for(0, values, 4096, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(static_cast<size_t>(end - begin), 0.0);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const Acc* p = partials + slot * values + begin;
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += static_cast<double>(p[i]);
+    }
+    std::copy(sums.begin(), sums.end(), out + begin);
+  });
+}
+
+}  // namespace
+
+Tensor depthwise_conv3x3(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, bool residual) {
+  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
+  check_shape("bias", bias, {shape.channels});
+  const cpu::Storage storage = storage_of(x);
+  Tensor out = empty_channels_last(x);
+  if (shape.batch == 0) return out;
+
+  const Tensor source = with_adjacent_channels(x);
+  const cpu::DepthwiseTasks tasks(shape);
+  const auto kernel = cpu::depthwise_forward(cpu::capability(), storage);
+  with_accumulator(storage, [&](auto zero) {
+    using Acc = decltype(zero);
+    const auto coefficients =
+        forward_coefficients<Acc>(shape, weight, bias, scale, shift, residual);
+    const cpu::DepthwiseForward args{
+        shape, pixels_of(source), coefficients.data(), out.mutable_data_ptr()};
+    torch::stable::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
+      kernel(args, begin, end);
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+    const OptionalTensor& shift, bool residual) {
+  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
+  check_shape("grad", grad, {shape.batch, shape.channels, shape.height, shape.width});
+  check(
+      grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
+      torch::headeronly::toString(x.scalar_type()), ", got ",
+      torch::headeronly::toString(grad.scalar_type()));
+  const cpu::Storage storage = storage_of(x);
+  Tensor grad_x = empty_channels_last(x);
+  const bool wide = storage == cpu::Storage::float64;
+  const ScalarType accumulator = wide ? ScalarType::Double : ScalarType::Float;
+  constexpr int64_t gradient_rows = cpu::DepthwiseBackward::gradient_rows;
+  Tensor rows = torch::stable::empty(
+      {gradient_rows, shape.channels}, accumulator, std::nullopt, x.device());
+  if (shape.batch == 0) {
+    torch::stable::zero_(rows);
+    return {grad_x, rows};
+  }
+
+  const Tensor grad_source = with_adjacent_channels(grad);
+  const Tensor source = with_adjacent_channels(x);
+  const cpu::DepthwiseTasks tasks(shape);
+  const int64_t slots = shape.batch * tasks.strips;
+  const Tensor partials = torch::stable::empty(
+      {slots, gradient_rows, shape.channels}, accumulator, std::nullopt, x.device());
+  const auto kernel = cpu::depthwise_backward(cpu::capability(), storage);
+  with_accumulator(storage, [&](auto zero) {
+    using Acc = decltype(zero);
+    const auto coefficients = backward_coefficients<Acc>(shape, weight, scale, shift);
+    const cpu::DepthwiseBackward args{
+        shape,          pixels_of(grad_source),    pixels_of(source),
+        coefficients.data(), residual, grad_x.mutable_data_ptr(), partials.mutable_data_ptr()};
+    torch::stable::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
+      kernel(args, begin, end);
+    });
+    sum_slots<Acc>(
+        static_cast<const Acc*>(partials.const_data_ptr()), slots, gradient_rows * shape.channels,
+        static_cast<Acc*>(rows.mutable_data_ptr()));
+  });
+  return {grad_x, rows};
+}
+
+}  // namespace dsnet
+
+STABLE_TORCH_LIBRARY_IMPL(dsnet_kernels, CPU, m) {
+  m.impl("depthwise_conv3x3", TORCH_BOX(&dsnet::depthwise_conv3x3));
+  m.impl("depthwise_conv3x3_backward", TORCH_BOX(&dsnet::depthwise_conv3x3_backward));
+}

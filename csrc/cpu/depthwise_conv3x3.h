@@ -1,0 +1,71 @@
+// Depthwise 3×3 convolution on the CPU: arguments and entry points. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "capability.h"
+
+namespace dsnet::cpu {
+
+enum class Storage { float32, bfloat16, float64 };
+
+// (B, C, H, W) with channels next to each other; strides in elements.
+struct Pixels {
+  const void* data;
+  int64_t stride_batch;
+  int64_t stride_row;
+  int64_t stride_column;
+};
+
+struct DepthwiseShape {
+  int64_t batch;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+};
+
+// How a call is cut into tasks; from the shape alone, so that sums do not depend on threads.
+struct DepthwiseTasks {
+  static constexpr int64_t rows_per_strip = 8;
+  static constexpr int64_t channels_per_block = 128;
+  int64_t strips;
+  int64_t blocks;
+  int64_t count;  // batch · strips · blocks, in this order
+  int64_t grain;  // least tasks worth a thread
+
+  explicit DepthwiseTasks(const DepthwiseShape& shape);
+};
+
+// Coefficients are rows of C accumulators (double for float64, else float):
+//   forward   9 taps w·scale (centre + 1 with the residual), then 3 × 3 constants
+//             bias + shift·Σ w over the taps inside the image, for the first / an inner / the last
+//             row × column. A dimension of size 1 has its outer taps zeroed.
+//   backward  9 taps w, then scale, then shift.
+struct DepthwiseForward {
+  static constexpr int64_t coefficient_rows = 18;
+  DepthwiseShape shape;
+  Pixels x;
+  const void* coefficients;
+  void* out;  // (B, H, W, C) contiguous
+};
+
+struct DepthwiseBackward {
+  static constexpr int64_t coefficient_rows = 11;
+  static constexpr int64_t gradient_rows = 12;  // 9 taps, bias, scale, shift
+  DepthwiseShape shape;
+  Pixels grad;
+  Pixels x;
+  const void* coefficients;
+  bool residual;
+  void* grad_x;    // (B, H, W, C) contiguous
+  void* partials;  // (B · strips, gradient_rows, C) accumulators, each slot written once
+};
+
+// Runs tasks [begin, end).
+using DepthwiseForwardKernel = void (*)(const DepthwiseForward&, int64_t begin, int64_t end);
+using DepthwiseBackwardKernel = void (*)(const DepthwiseBackward&, int64_t begin, int64_t end);
+
+DepthwiseForwardKernel depthwise_forward(Capability capability, Storage storage);
+DepthwiseBackwardKernel depthwise_backward(Capability capability, Storage storage);
+
+}  // namespace dsnet::cpu

@@ -1,0 +1,259 @@
+// Depthwise 3×3 convolution, forward and backward; compiled once per instruction set.
+#include "depthwise_conv3x3.h"
+#include "vec.h"
+
+namespace dsnet::cpu::DSNET_CPU_ARCH {
+namespace {
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+using Yes = Constant<1>;
+using No = Constant<0>;
+
+// Output rows of one sweep: the forward holds 9 taps, 3 sums and an input or so per row; the
+// backward four registers more.
+template <typename V>
+constexpr int forward_rows = V::registers >= 32 ? 4 : 1;
+template <typename V>
+constexpr int backward_rows = V::registers >= 32 ? 2 : 1;
+
+// One row of pixels as a sweep reads it; a row outside the image is one zero pixel, stride 0.
+template <typename T>
+struct Row {
+  const T* data;
+  int64_t stride;
+};
+
+// Loads and stores of a whole register, or of the channels left at the end.
+template <typename V, bool Tail>
+struct Lanes {
+  int64_t n;
+  template <typename T>
+  V load(const T* p) const {
+    if constexpr (Tail) return V::load(p, n);
+    else return V::load(p);
+  }
+  template <typename T>
+  void store(const V& value, T* p) const {
+    if constexpr (Tail) value.store(p, n);
+    else value.store(p);
+  }
+};
+
+// Slides over the columns of R output rows, one register of channels wide. Each column of R + 2
+// inputs is loaded once and added to the three output columns that it touches.
+//   taps(k)              tap k = 3·row + column
+//   start(i, column)     initial sum of output row i; column 0 first, 1 inner, 2 last
+//   finish(i, j, sum)    receives output (i, j)
+template <int R, typename V, typename T, typename L, typename Start, typename Finish>
+inline __attribute__((always_inline)) void sweep(
+    const Row<T> (&rows)[R + 2], int64_t width, const L& lanes, const V (&taps)[9],
+    const Start& start, const Finish& finish) {
+  V before[R], here[R], after[R];
+  auto step = [&](int64_t j, auto is_first, auto is_last, int next_column) {
+    V in[R + 2];
+    for (int i = 0; i < R + 2; ++i) in[i] = lanes.load(rows[i].data + j * rows[i].stride);
+    for (int i = 0; i < R; ++i) {
+      if constexpr (!is_last.value) after[i] = start(i, next_column);
+      for (int u = 0; u < 3; ++u) {
+        if constexpr (!is_first.value) before[i] = fma(taps[3 * u + 2], in[i + u], before[i]);
+        here[i] = fma(taps[3 * u + 1], in[i + u], here[i]);
+        if constexpr (!is_last.value) after[i] = fma(taps[3 * u], in[i + u], after[i]);
+      }
+      if constexpr (!is_first.value) finish(i, j - 1, before[i]);
+      if constexpr (is_last.value) finish(i, j, here[i]);
+      before[i] = here[i];
+      if constexpr (!is_last.value) here[i] = after[i];
+    }
+  };
+  for (int i = 0; i < R; ++i) here[i] = start(i, 0);
+  if (width == 1) {
+    step(0, Yes{}, Yes{}, 2);
+    return;
+  }
+  step(0, Yes{}, No{}, width == 2 ? 2 : 1);
+  for (int64_t j = 1; j < width - 2; ++j) step(j, No{}, No{}, 1);
+  if (width > 2) step(width - 2, No{}, No{}, 2);
+  step(width - 1, No{}, Yes{}, 2);
+}
+
+// Where a task lies.
+struct Place {
+  int64_t image, slot, row_begin, row_end, channel_begin, channel_end;
+
+  Place(int64_t task, const DepthwiseShape& shape, const DepthwiseTasks& tasks) {
+    const int64_t block = task % tasks.blocks;
+    slot = task / tasks.blocks;
+    image = slot / tasks.strips;
+    row_begin = slot % tasks.strips * DepthwiseTasks::rows_per_strip;
+    row_end = smaller(row_begin + DepthwiseTasks::rows_per_strip, shape.height);
+    channel_begin = block * DepthwiseTasks::channels_per_block;
+    channel_end = smaller(channel_begin + DepthwiseTasks::channels_per_block, shape.channels);
+  }
+};
+
+template <typename T>
+Row<T> row_of(const Pixels& pixels, const DepthwiseShape& shape, int64_t image, int64_t row,
+              int64_t channel) {
+  alignas(64) static const T zeros[16] = {};
+  if (row < 0 || row >= shape.height) return {zeros, 0};
+  const T* data = static_cast<const T*>(pixels.data);
+  return {data + image * pixels.stride_batch + row * pixels.stride_row + channel,
+          pixels.stride_column};
+}
+
+// Calls body(rows as a constant, first row, lanes, first channel) over a task: R rows at a time,
+// what is left by halves; rows outermost, so that memory is read in order.
+template <int R, typename V, typename Body>
+inline void for_each_sweep(const Place& place, int64_t row, const Body& body) {
+  for (; row + R <= place.row_end; row += R) {
+    int64_t c = place.channel_begin;
+    for (; c + V::size <= place.channel_end; c += V::size) {
+      body(Constant<R>{}, row, Lanes<V, false>{V::size}, c);
+    }
+    if (c < place.channel_end) {
+      body(Constant<R>{}, row, Lanes<V, true>{place.channel_end - c}, c);
+    }
+  }
+  if constexpr (R > 1) for_each_sweep<R / 2, V>(place, row, body);
+}
+
+template <typename T>
+void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const DepthwiseShape& shape = args.shape;
+  const DepthwiseTasks tasks(shape);
+  const Acc* coefficients = static_cast<const Acc*>(args.coefficients);
+  const int64_t C = shape.channels;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const Place place(task, shape, tasks);
+    auto body = [&](auto row_count, int64_t row, const auto& lanes, int64_t c) {
+      constexpr int R = decltype(row_count)::value;
+      Row<T> rows[R + 2];
+      for (int i = 0; i < R + 2; ++i) rows[i] = row_of<T>(args.x, shape, place.image, row + i - 1, c);
+      V taps[9];
+      for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + k * C + c);
+      const Acc* constants[R];
+      for (int i = 0; i < R; ++i) {
+        const int64_t r = row + i;
+        const int64_t row_case = r == 0 ? 0 : r == shape.height - 1 ? 2 : 1;
+        constants[i] = coefficients + (9 + 3 * row_case) * C + c;
+      }
+      T* out = static_cast<T*>(args.out) + (place.image * shape.height + row) * shape.width * C + c;
+      sweep<R>(
+          rows, shape.width, lanes, taps,
+          [&](int i, int column) { return lanes.load(constants[i] + column * C); },
+          [&](int i, int64_t j, const V& sum) {
+            lanes.store(sum, out + (i * shape.width + j) * C);
+          });
+    };
+    for_each_sweep<forward_rows<V>, V>(place, place.row_begin, body);
+  }
+}
+
+// The gradient of z at each pixel is the output gradient convolved with the flipped taps; every
+// parameter gradient is a sum over pixels:
+//   taps k  Σ z(q)·g(q − k)    bias  Σ g    scale  Σ grad_z·x    shift  Σ grad_z
+// A first sweep forms grad_z and the last three, a second one the taps, while the rows are in L1.
+template <typename T>
+void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const DepthwiseShape& shape = args.shape;
+  const DepthwiseTasks tasks(shape);
+  const Acc* coefficients = static_cast<const Acc*>(args.coefficients);
+  const int64_t C = shape.channels;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const Place place(task, shape, tasks);
+    Acc* sums = static_cast<Acc*>(args.partials) + place.slot * DepthwiseBackward::gradient_rows * C;
+    for (int k = 0; k < DepthwiseBackward::gradient_rows; ++k) {
+      for (int64_t c = place.channel_begin; c < place.channel_end; ++c) sums[k * C + c] = 0;
+    }
+    auto body = [&](auto row_count, int64_t row, const auto& lanes, int64_t c) {
+      constexpr int R = decltype(row_count)::value;
+      Row<T> grads[R + 2], inputs[R];
+      for (int i = 0; i < R + 2; ++i) {
+        grads[i] = row_of<T>(args.grad, shape, place.image, row + i - 1, c);
+      }
+      for (int i = 0; i < R; ++i) inputs[i] = row_of<T>(args.x, shape, place.image, row + i, c);
+      V taps[9];
+      for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + (8 - k) * C + c);
+      const V scale = lanes.load(coefficients + 9 * C + c);
+      const V shift = lanes.load(coefficients + 10 * C + c);
+      T* grad_x =
+          static_cast<T*>(args.grad_x) + (place.image * shape.height + row) * shape.width * C + c;
+
+      V sum_grad = V::zero(), sum_scale = V::zero(), sum_shift = V::zero();
+      sweep<R>(
+          grads, shape.width, lanes, taps, [](int, int) { return V::zero(); },
+          [&](int i, int64_t j, const V& grad_z) {
+            const V g = lanes.load(grads[i + 1].data + j * grads[i + 1].stride);
+            const V x = lanes.load(inputs[i].data + j * inputs[i].stride);
+            const V direct = args.residual ? g : V::zero();
+            lanes.store(fma(scale, grad_z, direct), grad_x + (i * shape.width + j) * C);
+            sum_grad = sum_grad + g;
+            sum_scale = fma(grad_z, x, sum_scale);
+            sum_shift = sum_shift + grad_z;
+          });
+      auto add = [&](int k, const V& value) {
+        Acc* p = sums + k * C + c;
+        lanes.store(lanes.load(p) + value, p);
+      };
+      add(9, sum_grad);
+      add(10, sum_scale);
+      add(11, sum_shift);
+
+      // z of the columns left of, at and right of the gradient's own.
+      V sum_taps[9];
+      for (int k = 0; k < 9; ++k) sum_taps[k] = V::zero();
+      for (int i = 0; i < R; ++i) {
+        auto z_at = [&](int64_t j) {
+          return fma(scale, lanes.load(inputs[i].data + j * inputs[i].stride), shift);
+        };
+        V left = V::zero(), here = z_at(0);
+        for (int64_t j = 0; j < shape.width; ++j) {
+          const V right = j + 1 < shape.width ? z_at(j + 1) : V::zero();
+          for (int u = 0; u < 3; ++u) {
+            // Tap row u pairs z of this row with the gradient one row below for u = 0.
+            const Row<T>& grad = grads[i + 2 - u];
+            const V g = lanes.load(grad.data + j * grad.stride);
+            sum_taps[3 * u] = fma(left, g, sum_taps[3 * u]);
+            sum_taps[3 * u + 1] = fma(here, g, sum_taps[3 * u + 1]);
+            sum_taps[3 * u + 2] = fma(right, g, sum_taps[3 * u + 2]);
+          }
+          left = here;
+          here = right;
+        }
+      }
+      for (int k = 0; k < 9; ++k) add(k, sum_taps[k]);
+    };
+    for_each_sweep<backward_rows<V>, V>(place, place.row_begin, body);
+  }
+}
+
+}  // namespace
+
+DepthwiseForwardKernel depthwise_forward(Storage storage) {
+  switch (storage) {
+    case Storage::float32: return forward<float>;
+    case Storage::bfloat16: return forward<bfloat16>;
+    case Storage::float64: return forward<double>;
+  }
+  return nullptr;
+}
+
+DepthwiseBackwardKernel depthwise_backward(Storage storage) {
+  switch (storage) {
+    case Storage::float32: return backward<float>;
+    case Storage::bfloat16: return backward<bfloat16>;
+    case Storage::float64: return backward<double>;
+  }
+  return nullptr;
+}
+
+}  // namespace dsnet::cpu::DSNET_CPU_ARCH

@@ -1,0 +1,197 @@
+// A register of accumulators, and bfloat16 in memory, for the instruction set of this compilation.
+//
+// DSNET_CPU_ARCH names the namespace, so that each compilation's code stays its own: nothing here
+// or in a kernel may instantiate a function template of the standard library, which the linker
+// would merge across instruction sets.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef DSNET_CPU_ARCH
+#error "define DSNET_CPU_ARCH to generic, avx2 or avx512"
+#endif
+
+namespace dsnet::cpu {
+
+// Storage only: arithmetic is in float.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+}  // namespace dsnet::cpu
+
+namespace dsnet::cpu::DSNET_CPU_ARCH {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float to_float(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline bfloat16 to_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+#if defined(__AVX512F__)
+
+struct VecF32 {
+  using Acc = float;
+  static constexpr int size = 16;
+  static constexpr int registers = 32;
+  __m512 v;
+
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static VecF32 zero() { return {_mm512_setzero_ps()}; }
+  static VecF32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static VecF32 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static VecF32 load(const bfloat16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static VecF32 load(const bfloat16* p, int64_t n) {
+    return widen(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  void store(bfloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+
+ private:
+  static VecF32 widen(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  // In integers, since the conversion instruction would flush subnormals.
+  __m256i narrow() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+};
+
+inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+#elif defined(__AVX2__)
+
+struct VecF32 {
+  using Acc = float;
+  static constexpr int size = 8;
+  static constexpr int registers = 16;
+  __m256 v;
+
+  static __m256i first(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+  }
+
+  static VecF32 zero() { return {_mm256_setzero_ps()}; }
+  static VecF32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static VecF32 load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  static VecF32 load(const bfloat16* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static VecF32 load(const bfloat16* p, int64_t n) {
+    bfloat16 lanes[size] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+  void store(bfloat16* p, int64_t n) const {
+    bfloat16 lanes[size];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+
+ private:
+  static VecF32 widen(__m128i bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  __m128i narrow() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_packus_epi32(high, high);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+};
+
+inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+
+#endif
+
+// The same in portable C++, which compilers turn into whatever registers there are.
+template <typename A>
+struct VecGeneric {
+  using Acc = A;
+  static constexpr int size = 8;
+  static constexpr int registers = 16;
+  A v[size];
+
+  static VecGeneric zero() { return VecGeneric{}; }
+  template <typename T>
+  static VecGeneric load(const T* p, int64_t n = size) {
+    VecGeneric result{};
+    for (int64_t i = 0; i < n; ++i) result.v[i] = get(p[i]);
+    return result;
+  }
+  template <typename T>
+  void store(T* p, int64_t n = size) const {
+    for (int64_t i = 0; i < n; ++i) put(p + i, v[i]);
+  }
+
+ private:
+  static A get(A value) { return value; }
+  static A get(bfloat16 value) { return to_float(value); }
+  static void put(A* p, A value) { *p = value; }
+  static void put(bfloat16* p, A value) { *p = to_bfloat16(value); }
+};
+
+template <typename A>
+inline VecGeneric<A> fma(VecGeneric<A> a, VecGeneric<A> b, VecGeneric<A> c) {
+  for (int i = 0; i < VecGeneric<A>::size; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+
+template <typename A>
+inline VecGeneric<A> operator+(VecGeneric<A> a, VecGeneric<A> b) {
+  for (int i = 0; i < VecGeneric<A>::size; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+// The register that accumulates for values stored as T.
+template <typename T>
+struct Register {
+#if defined(__AVX2__)
+  using type = VecF32;
+#else
+  using type = VecGeneric<float>;
+#endif
+};
+
+template <>
+struct Register<double> {
+  using type = VecGeneric<double>;
+};
+
+}  // namespace dsnet::cpu::DSNET_CPU_ARCH

@@ -1,0 +1,126 @@
+"""What is measured: each operation as the network uses it, with its FLOPs and bytes by formula.
+
+One entry of :data:`CASES` adds an operation, or another use of one; the stages of the network and
+the image size give its shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.block import stream_widths
+from dsnet.model import REDUCTIONS
+from dsnet.variants import PAPER_REDUCTION, VARIANTS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a network at one image size and batch."""
+
+    number: int
+    batch: int
+    channels: int
+    local_channels: int
+    global_channels: int
+    num_heads: int
+    grid: tuple[int, int]
+    global_grid: tuple[int, int]
+
+
+def stages(model: str, batch: int, size: tuple[int, int]) -> list[Stage]:
+    """The stages of the published network ``model`` for images of ``size`` (rows, columns)."""
+    variant = VARIANTS[model]
+    result = []
+    for i, reduction in enumerate(REDUCTIONS):
+        channels, heads = variant.embed_dims[i], variant.num_heads[i]
+        local, global_ = stream_widths(channels, heads, 0.5)
+        grid = tuple(n // reduction for n in size)
+        coarse = tuple(max(1, n // PAPER_REDUCTION[i]) for n in grid)
+        result.append(Stage(i + 1, batch, channels, local, global_, heads, grid, coarse))
+    return result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of one operation.
+
+    Args:
+        operation: name in ``dsnet_kernels``.
+        use: what distinguishes this use, in a word.
+        formula: what it computes.
+        shapes: of the tensor arguments at a stage, by name.
+        activations: those of them that are activations, the first one the largest; the others are
+            parameters.
+        constants: the other arguments.
+        flops: of the forward and of the backward; a multiplication and an addition are two.
+        elements: read and written by the forward and by the backward, each activation once.
+    """
+
+    operation: str
+    use: str
+    formula: str
+    shapes: Callable[[Stage], Shapes]
+    flops: Callable[[Stage], tuple[int, int]]
+    elements: Callable[[Stage], tuple[int, int]]
+    activations: tuple[str, ...] = ("x",)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self, stage: Stage, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        """Random arguments rounded to ``dtype``, 4-D activations in ``channels_last``."""
+        generator = torch.Generator().manual_seed(seed)
+        result = {}
+        for name, shape in self.shapes(stage).items():
+            value = torch.randn(shape, generator=generator)
+            if name not in self.activations and len(shape) > 1:
+                value /= value[0].numel() ** 0.5
+            value = value.to(dtype)
+            if value.dim() == 4 and name in self.activations:
+                value = value.contiguous(memory_format=torch.channels_last)
+            result[name] = value
+        return result
+
+    def work(self, stage: Stage, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
+        """(FLOPs, bytes) of the forward, or of forward and backward together."""
+        parts = 2 if backward else 1
+        return sum(self.flops(stage)[:parts]), sum(self.elements(stage)[:parts]) * dtype.itemsize
+
+
+def _depthwise_shapes(batch: int, channels: int, grid: tuple[int, int], affine: bool) -> Shapes:
+    parameters = {"weight": (channels, 1, 3, 3), "bias": (channels,)}
+    if affine:
+        parameters |= {"scale": (channels,), "shift": (channels,)}
+    return {"x": (batch, channels, *grid), **parameters}
+
+
+def _pixels(s: Stage) -> int:
+    return s.batch * s.grid[0] * s.grid[1]
+
+
+# Depthwise 3×3 per element: 9 MACs, bias included, + 2 of the affine + 1 of the residual; in the
+# backward as many MACs for grad x and for grad weight each. Read x, write the output; backward:
+# read the output's gradient and x, write x's gradient.
+CASES = (
+    Case(
+        operation="depthwise_conv3x3",
+        use="local",
+        formula="x + conv(scale·x + shift)",
+        shapes=lambda s: _depthwise_shapes(s.batch, s.local_channels, s.grid, affine=True),
+        constants={"residual": True},
+        flops=lambda s: (21 * _pixels(s) * s.local_channels, 42 * _pixels(s) * s.local_channels),
+        elements=lambda s: (2 * _pixels(s) * s.local_channels, 3 * _pixels(s) * s.local_channels),
+    ),
+    Case(
+        operation="depthwise_conv3x3",
+        use="position",
+        formula="x + conv(x)",
+        shapes=lambda s: _depthwise_shapes(s.batch, s.channels, s.grid, affine=False),
+        constants={"residual": True},
+        flops=lambda s: (19 * _pixels(s) * s.channels, 38 * _pixels(s) * s.channels),
+        elements=lambda s: (2 * _pixels(s) * s.channels, 3 * _pixels(s) * s.channels),
+    ),
+)

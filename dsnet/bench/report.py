@@ -1,0 +1,224 @@
+"""The result schema: dataclasses, to JSON and back, written atomically."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "dsnet-bench"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender of a row.
+
+    Args:
+        name: ``eager_nchw``, ``eager_channels_last``, ``compile``, ``copy``, or a backend's name.
+        role: ``"baseline"``, ``"ours"`` or ``"roof"``.
+        median: seconds per call; None where it was not timed.
+        quartiles: first and third, of the rounds.
+        rounds: samples taken.
+        repeats: calls per sample.
+        compile_seconds: what the first call took where it compiles, not part of the median.
+        error: the worst error over what the check allows; None for the roof.
+        problem: why there is no time, or why it does not count; None if all is well.
+        chosen: the backend behind each operation.
+        ratio: best baseline's time over this one's; None without a passed check.
+        ratio_interval: its 95 % confidence interval.
+    """
+
+    name: str
+    role: str
+    median: float | None = None
+    quartiles: tuple[float, float] | None = None
+    rounds: int = 0
+    repeats: int = 0
+    compile_seconds: float | None = None
+    error: float | None = None
+    problem: str | None = None
+    chosen: dict[str, str] = dataclasses.field(default_factory=dict)
+    ratio: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the same work done by every contender.
+
+    Args:
+        kind: ``"op"`` or ``"model"``.
+        subject: an operation or a model.
+        use: of the operation, or ``"image classification"``.
+        work: ``forward``, ``forward+backward``, ``inference`` or ``training``.
+        stage: of the network, 0 for a model.
+        shape: of the activation or the images.
+        dtype: of activations and parameters.
+        flops, bytes: of one call by formula; None for a model.
+        best: the name of the fastest baseline whose check passed.
+        results: the contenders.
+        notes: what a reader must know to judge the row.
+    """
+
+    kind: str
+    subject: str
+    use: str
+    work: str
+    stage: int
+    shape: tuple[int, ...]
+    dtype: str
+    flops: int | None
+    bytes: int | None
+    best: str | None
+    results: tuple[Result, ...]
+    notes: tuple[str, ...] = ()
+
+    def result(self, name: str) -> Result | None:
+        """The baseline or roof of that name."""
+        for result in self.results:
+            if result.name == name and result.role != "ours":
+                return result
+        return None
+
+    def ours(self) -> list[Result]:
+        return [result for result in self.results if result.role == "ours"]
+
+    def failed(self) -> bool:
+        """Whether one of ours failed its check or could not run."""
+        return any(result.problem is not None for result in self.ours())
+
+    def bandwidth(self, result: Result) -> float | None:
+        """Bytes per second by formula."""
+        if self.bytes is None or result.problem is not None or not result.median:
+            return None
+        return self.bytes / result.median
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes per second of a copy of the activation, which reads and writes it once."""
+        roof = self.result("copy")
+        return None if roof is None else self.copy_bytes() / roof.median
+
+    def copy_bytes(self) -> int:
+        size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
+        count = 2 * size
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run of ``dsnet bench``."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    date: str
+    command: str
+    seconds: float
+    rows: tuple[Row, ...]
+    schema: str = SCHEMA
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: for text that is no report of this version.
+        """
+        fields = json.loads(text)
+        found = (fields.get("schema"), fields.get("version")) if isinstance(fields, dict) else None
+        if found != (SCHEMA, VERSION):
+            raise ValueError(f"report: expected {SCHEMA} version {VERSION}, got {found}")
+        rows = tuple(_row(row) for row in fields.pop("rows"))
+        return cls(**fields, rows=rows)
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    fields["results"] = tuple(Result(**_tuples(result)) for result in fields["results"])
+    return Row(**_tuples(fields))
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Machine, versions, commit, date and command: every field of a report but the results."""
+    import torch
+
+    import dsnet_kernels
+
+    facts = dsnet_kernels.info()
+    machine = facts["machine"]
+    machine["cpu"] = _cpu_name()
+    machine.setdefault("cpu_capability", torch.backends.cpu.get_cpu_capability())
+    versions = {**facts["versions"], "python": platform.python_version()}
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, ``-dirty`` behind it if files changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises before minutes are spent on a report that could not be written.
+
+    Raises:
+        ValueError: if ``path`` is a folder, or its folder does not exist or is read-only.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"--json: expected a file, got the folder {target}")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"--json: no such folder: {target.parent}")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise ValueError(f"--json: cannot write into {target.parent}")
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """``path`` holds either its old content or all of ``text``, whatever happens meanwhile."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,108 @@
+"""From contenders to a row: compute, check, time in turn, compare."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .check import Check
+from .report import Result, Row
+from .timing import Timing, compare, measure
+
+BASELINES = ("eager_nchw", "eager_channels_last", "compile")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a row's work.
+
+    Args:
+        name: as in :class:`Result`.
+        role: as in :class:`Result`.
+        call: what is timed.
+        values: computes the outputs and gradients to check, on the row's inputs.
+        compiles: whether the first call compiles.
+        chosen: the backend behind each operation.
+    """
+
+    name: str
+    role: str
+    call: Callable[[], object]
+    values: Callable[[], Mapping[str, Tensor]]
+    compiles: bool = False
+    chosen: dict[str, str] = field(default_factory=dict)
+
+
+Judge = Callable[[Mapping[str, Tensor]], Check]
+
+
+def run_row(
+    contenders: list[Contender],
+    judge: Judge,
+    *,
+    budget: float,
+    roof: Callable[[], object] | None = None,
+    **facts: Any,
+) -> Row:
+    """Checks every contender, times those that passed in turn, and compares with the best baseline.
+
+    Args:
+        contenders: baselines and ours.
+        judge: the check of a contender's values.
+        budget: seconds of timing.
+        roof: a copy of the same data, timed with the others.
+        facts: the fields of the row that are known beforehand.
+    """
+    entered, results = {}, {}
+    for contender in contenders:
+        key = (contender.role, contender.name)
+        results[key] = _enter(contender, judge)
+        if results[key]["problem"] is None:
+            entered[key] = contender.call
+    if roof is not None:
+        entered["roof", "copy"] = roof
+        results["roof", "copy"] = {}
+    timings = measure(entered, budget=budget)
+
+    baselines = [key for key in timings if key[0] == "baseline"]
+    best = min(baselines, key=lambda key: timings[key].median, default=None)
+    for key, timing in timings.items():
+        results[key] |= _timed(timing)
+        if key[0] == "ours" and best is not None:
+            ratio = compare(timings[best], timing)
+            results[key] |= {"ratio": ratio.value}
+            # With too few rounds there is no interval.
+            if ratio.low > 0:
+                results[key] |= {"ratio_interval": (ratio.low, ratio.high)}
+    return Row(
+        **facts,
+        best=best[1] if best else None,
+        results=tuple(Result(name, role, **fields) for (role, name), fields in results.items()),
+    )
+
+
+def _enter(contender: Contender, judge: Judge) -> dict[str, Any]:
+    fields: dict[str, Any] = {"chosen": contender.chosen}
+    start = time.perf_counter()
+    try:
+        check = judge(contender.values())
+    except Exception as error:
+        # A contender that cannot run is a result; the others are measured all the same.
+        reason = str(error).strip().split("\n")[0]
+        return fields | {"problem": f"{type(error).__name__}: {reason}"}
+    if contender.compiles:
+        fields["compile_seconds"] = time.perf_counter() - start
+    fields["error"] = check.worst if check.worst < float("inf") else None
+    fields["problem"] = None if check.passed else f"check failed: {'; '.join(check.failures)}"
+    return fields
+
+
+def _timed(timing: Timing) -> dict[str, Any]:
+    return {
+        "median": timing.median,
+        "quartiles": timing.quartiles,
+        "rounds": len(timing.seconds),
+        "repeats": timing.repeats,
+    }

@@ -1,0 +1,35 @@
+"""The commands of ``dsnet``: every module of this package is one.
+
+A command module has ``NAME`` and ``HELP`` strings, ``add_arguments(parser)`` and
+``run(args) -> int``, the exit status. It imports heavy modules inside ``run``, writes results to
+stdout and everything else to stderr, and raises on errors.
+"""
+
+import argparse
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+
+
+def load() -> list[ModuleType]:
+    """All command modules, sorted by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [importlib.import_module(f"{__name__}.{name}") for name in names]
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argument type: integers from ``minimum`` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {minimum}, got {text!r}"
+            )
+        return value
+
+    return parse
