@@ -256,12 +256,12 @@ class DSBlock(nn.Module):
         if self.local_conv is not None:
             local = self.local_conv(local)
         if self.attention is not None:
-            tokens = self.attention(_to_tokens(_resize(y_global, grid)))
+            tokens = self.attention(_to_tokens(self._downsample(y_global, grid)))
             if self.co_attention is not None:
                 local, tokens = self.co_attention(local, tokens)
             global_ = tokens.transpose(1, 2).unflatten(2, grid)
         else:
-            global_ = _resize(y_global, grid)
+            global_ = self._downsample(y_global, grid)
 
         x = kernels.upsample_concat(
             local,
@@ -274,14 +274,14 @@ class DSBlock(nn.Module):
         )
         return self.mlp(x, self.drop_path(x)), local, global_
 
-
-def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bilinear to ``grid`` without antialiasing; an empty stream only changes its shape."""
-    if x.shape[1] == 0:
-        return x.new_empty((x.shape[0], 0, *grid))
-    if x.shape[2:] == grid:
-        return x
-    return nn.functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+    def _downsample(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Bilinear to ``grid`` without antialiasing; an empty stream only changes its shape."""
+        if self.global_dim == 0:
+            return x.new_empty((x.shape[0], 0, *grid))
+        # Not a comparison of shapes, which would pin the size of an exported network.
+        if self.global_reduction == 1:
+            return x
+        return nn.functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

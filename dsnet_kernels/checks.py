@@ -1,5 +1,8 @@
 """Argument checks shared by the operations: each error names the argument, expected and got."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,9 +29,7 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """``tensor`` has exactly this shape."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if tensor.dim() != len(expected) or any(
-        got != want for got, want in zip(tensor.shape, expected, strict=True)
-    ):
+    if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
 
 
@@ -40,17 +41,18 @@ def optional_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) 
 
 def parameters(leader_name: str, leader: Tensor, **others: Tensor | None) -> None:
     """Parameters have the leader's dtype or float32 (mixed precision), and its device."""
-    allowed = {leader.dtype, torch.float32} if leader.dtype != torch.float64 else {torch.float64}
+    dtype, device = leader.dtype, leader.device
+    mixed = torch.float64 if dtype == torch.float64 else torch.float32
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.dtype not in allowed:
-            expected = " or ".join(sorted(str(dtype) for dtype in allowed))
+        if tensor.dtype != dtype and tensor.dtype != mixed:
+            expected = " or ".join(sorted({str(dtype), str(mixed)}))
             raise TypeError(
-                f"{name}: expected {expected} beside {leader_name} of {leader.dtype},"
-                f" got {tensor.dtype}"
+                f"{name}: expected {expected} beside {leader_name} of {dtype}, got {tensor.dtype}"
             )
-        same_device(leader_name, leader, name, tensor)
+        if tensor.device != device:
+            same_device(leader_name, leader, name, tensor)
 
 
 def same_dtype(leader_name: str, leader: Tensor, name: str, tensor: Tensor) -> None:
@@ -80,6 +82,12 @@ def probability(name: str, value: float) -> None:
     """0 ≤ value < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
+
+
+def with_signature(function: Callable) -> Callable:
+    """Stores the signature that ``autograd.Function.apply`` otherwise recomputes at every call."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def autocast(tensor: Tensor) -> Tensor:

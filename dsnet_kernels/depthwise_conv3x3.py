@@ -63,6 +63,7 @@ class _DepthwiseConv3x3(torch.autograd.Function):
     """The native kernels under autograd; saves x and the parameters, no activation of its own."""
 
     @staticmethod
+    @checks.with_signature
     def forward(x, weight, bias, scale, shift, residual):
         return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
 
@@ -141,4 +142,6 @@ def depthwise_conv3x3(
     checks.parameters("x", x, weight=weight, bias=bias, scale=scale, shift=shift)
     if select(OPERATION, backend, x) == "reference":
         return reference(x, weight, bias, scale=scale, shift=shift, residual=residual)
+    if torch.is_inference_mode_enabled():
+        return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
     return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual)

@@ -1,8 +1,8 @@
 """Rows of single operations."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,92 @@ from .check import Check, both, check_directions, check_errors
 from .report import Row
 from .row import BASELINES, Contender, run_row
 
+BUDGET = 0.7
+"""Seconds of timing per row."""
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of an operation by name, and its output's gradient, None for the forward alone."""
+
+    tensors: Mapping[str, Tensor]
+    grad: Tensor | None
+
+    def map(self, convert: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same numbers in another layout or dtype."""
+        tensors = {name: convert(value) for name, value in self.tensors.items()}
+        return Inputs(tensors, None if self.grad is None else convert(self.grad))
+
+    def bind(self, function: Function) -> Callable[[], Sequence[Tensor]]:
+        """``function`` on these arguments, ready to be timed; returns output and gradients."""
+        if self.grad is None:
+            call = partial(function, **self.tensors)
+            return lambda: (call(),)
+        leaves = {name: value.detach().requires_grad_() for name, value in self.tensors.items()}
+        wanted, grad = list(leaves.values()), self.grad
+
+        def forward_backward() -> Sequence[Tensor]:
+            out = function(**leaves)
+            return out, *torch.autograd.grad(out, wanted, grad)
+
+        return forward_backward
+
+    def values(self, call: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What ``call`` of :meth:`bind` computes, by name."""
+        names = ["out"] if self.grad is None else ["out", *(f"grad {n}" for n in self.tensors)]
+        return dict(zip(names, (value.detach() for value in call()), strict=True))
+
+
+def make_inputs(
+    case: Case, stage: Stage, dtype: torch.dtype, backward: bool, seed: int = 0
+) -> Inputs:
+    """Random inputs of ``case`` in ``channels_last``."""
+    tensors = case.tensors(stage, dtype, seed)
+    if not backward:
+        return Inputs(tensors, None)
+    with torch.no_grad():
+        out = getattr(reference, case.operation)(**tensors, **case.constants)
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1))
+    grad = torch.empty_like(tensors[case.activations[0]], dtype=out.dtype).copy_(noise)
+    return Inputs(tensors, grad)
+
+
+def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
+    """The reference, eagerly in either layout or compiled.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    function = partial(getattr(reference, case.operation), **case.constants)
+    if name == "eager_nchw":
+        inputs = inputs.map(Tensor.contiguous)
+    elif name == "compile":
+        function = _compiled(function, case.activations, inputs)
+    elif name != "eager_channels_last":
+        raise ValueError(f"baselines: expected {', '.join(BASELINES)}, got {name!r}")
+    call = inputs.bind(function)
+    return Contender(
+        name, "baseline", call, partial(inputs.values, call), compiles=name == "compile"
+    )
+
+
+def ours(backend: str, case: Case, inputs: Inputs) -> Contender:
+    """The public operation on ``backend``."""
+    function = getattr(dsnet_kernels, case.operation)
+    call = inputs.bind(partial(function, backend=backend, **case.constants))
+    chosen = {case.operation: explain(case, inputs.tensors, backend).chosen or "none"}
+    return Contender(backend, "ours", call, partial(inputs.values, call), chosen=chosen)
+
+
+def explain(
+    case: Case, tensors: Mapping[str, Tensor], backend: str | Sequence[str]
+) -> dsnet_kernels.backends.Explanation:
+    """Which backend runs ``case`` on these arguments, and why not the others."""
+    leading = [tensors[name] for name in case.activations]
+    return dsnet_kernels.explain(case.operation, *leading, backend=backend)
+
 
 def op_row(
     case: Case,
@@ -24,37 +110,31 @@ def op_row(
     backward: bool,
     backends: Sequence[str],
     baselines: Sequence[str] = BASELINES,
-    budget: float = 0.8,
-    seed: int = 0,
+    budget: float = BUDGET,
 ) -> Row:
-    """Times ``case`` at ``stage``, forward alone or forward and backward."""
-    tensors = case.tensors(stage, dtype, seed)
-    leading = tensors[case.activations[0]]
-    work = _Work(case, tensors, backward)
-    references = [work.values(_reference(case), tensors), work.values(_reference(case), work.nchw)]
-    oracle = work.values(_reference(case), {k: v.double() for k, v in tensors.items()})
-
-    def judge(values: Mapping[str, Tensor]) -> Check:
-        return both(
-            check_errors(values, references, oracle), check_directions(values, references, oracle)
-        )
-
-    contenders = [_baseline(name, case, work) for name in baselines]
-    for name in backends:
-        explanation = dsnet_kernels.explain(
-            case.operation, *_leading_tensors(case, tensors), backend=name
-        )
-        function = partial(getattr(dsnet_kernels, case.operation), backend=name, **case.constants)
-        chosen = {case.operation: explanation.chosen or "none"}
-        contenders.append(work.contender(name, "ours", function, tensors, chosen=chosen))
-    copy = torch.empty_like(leading)
+    """Times ``case`` at ``stage``, the forward alone or forward and backward."""
+    inputs = make_inputs(case, stage, dtype, backward)
+    leading = inputs.tensors[case.activations[0]]
+    eager = [baseline(name, case, inputs) for name in ("eager_nchw", "eager_channels_last")]
+    exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     flops, moved = case.work(stage, dtype, backward)
+    contenders = [baseline(name, case, inputs) for name in baselines]
+    contenders += [ours(name, case, inputs) for name in backends]
     with torch.inference_mode(not backward):
+        references = [contender.values() for contender in eager]
+        oracle = exact.values()
+
+        def judge(values: Mapping[str, Tensor]) -> Check:
+            return both(
+                check_errors(values, references, oracle),
+                check_directions(values, references, oracle),
+            )
+
         return run_row(
             contenders,
             judge,
             budget=budget,
-            roof=partial(copy.copy_, leading),
+            roof=partial(torch.empty_like(leading).copy_, leading),
             kind="op",
             subject=case.operation,
             use=f"{case.use}: {case.formula}",
@@ -64,90 +144,43 @@ def op_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=flops,
             bytes=moved,
-            notes=tuple(_notes(case, tensors, backends)),
+            notes=_notes(case, inputs.tensors, backends),
         )
 
 
-def _reference(case: Case) -> Callable[..., Tensor]:
-    return partial(getattr(reference, case.operation), **case.constants)
+def _notes(case: Case, tensors: Mapping[str, Tensor], backends: Sequence[str]) -> tuple[str, ...]:
+    if "auto" not in backends:
+        return ()
+    found = explain(case, tensors, "auto")
+    if found.chosen != "reference":
+        return ()
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refusals.items())
+    return (f"auto runs {case.operation} as the reference itself ({reasons})",)
 
 
-def _leading_tensors(case: Case, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[name] for name in case.activations]
+class _Frozen(nn.Module):
+    """An operation that owns its parameters, so that a compiler may fold them."""
 
-
-def _notes(case: Case, tensors: Mapping[str, Tensor], backends: Sequence[str]):
-    for name in backends:
-        found = dsnet_kernels.explain(
-            case.operation, *_leading_tensors(case, tensors), backend=name
-        )
-        if name == "auto" and found.chosen == "reference":
-            reasons = "; ".join(f"{k}: {reason}" for k, reason in found.refusals.items())
-            yield f"auto is the reference itself, not a kernel ({reasons})"
-
-
-class _Bound(nn.Module):
-    """An operation with its parameters, as a compiler wants to see it."""
-
-    def __init__(self, function, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, function: Function, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.function = function
         for name, value in parameters.items():
-            # The tensor itself, so that gradients arrive where the caller asks for them.
-            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+            self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, activations: dict[str, Tensor]) -> Tensor:
         return self.function(**activations, **dict(self.named_parameters()))
 
 
-class _Work:
-    """The inputs of a row and what is done with them."""
-
-    def __init__(self, case: Case, tensors: dict[str, Tensor], backward: bool) -> None:
-        self.case = case
-        self.tensors = tensors
-        self.backward = backward
-        self.nchw = {name: value.contiguous() for name, value in tensors.items()}
-        with torch.no_grad():
-            like = _reference(case)(**tensors)
-        generator = torch.Generator().manual_seed(1)
-        grad = torch.randn(like.shape, generator=generator).to(like.dtype)
-        self.grads = {
-            "nchw": grad,
-            "channels_last": grad.contiguous(memory_format=torch.channels_last),
-        }
-
-    def _grad(self, tensors: Mapping[str, Tensor], out: Tensor) -> Tensor:
-        layout = "nchw" if tensors is self.nchw else "channels_last"
-        return self.grads[layout].to(out.dtype)
-
-    def values(self, function, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The output and, with a backward, every gradient."""
-        if not self.backward:
-            with torch.inference_mode():
-                return {"out": function(**tensors)}
-        leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
-        out = function(**leaves)
-        grads = torch.autograd.grad(out, list(leaves.values()), self._grad(tensors, out))
-        named = {f"grad {k}": g for k, g in zip(leaves, grads, strict=True)}
-        return {"out": out.detach(), **named}
-
-    def contender(
-        self,
-        name: str,
-        role: str,
-        function: Callable[..., Tensor],
-        tensors: Mapping[str, Tensor],
-        **facts: Any,
-    ) -> Contender:
-        values = partial(self.values, function, tensors)
-        if not self.backward:
-            return Contender(name, role, partial(function, **tensors), values, **facts)
-        leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
-        inputs = list(leaves.values())
-        grad = self._grad(tensors, inputs[0])
-
-        def call() -> object:
-            return torch.autograd.grad(function(**leaves), inputs, grad)
-
-        return Contender(name, role, call, values, **facts)
+def _compiled(function: Function, activations: Sequence[str], inputs: Inputs) -> Function:
+    # Every row compiles the same code objects: without this, Dynamo's recompilation limit ends it.
+    torch._dynamo.reset()
+    if inputs.grad is not None:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+    parameters = {k: v for k, v in inputs.tensors.items() if k not in activations}
+    compiled = torch.compile(
+        _Frozen(function, parameters).eval(),
+        fullgraph=True,
+        dynamic=False,
+        options={"freezing": True},
+    )
+    return lambda **tensors: compiled({name: tensors[name] for name in activations})

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="variant (default: that of the checkpoint, dsnet_tiny with --random-weights)",
     )
     parser.add_argument(
-        "--topk", type=at_least(1), default=5, metavar="K", help="predictions shown (default 5)"
+        "--topk", type=at_least(1), metavar="K", help="predictions shown (default 5, or all)"
     )
     parser.add_argument(
         "--labels",
@@ -88,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
 
     with kernels.backend(args.backend or kernels.current_backend()):
         model = _model(args)
-        if args.topk > model.num_classes:
-            raise ValueError(f"--topk: expected at most {model.num_classes}, got {args.topk}")
+        topk = args.topk or min(5, model.num_classes)
+        if topk > model.num_classes:
+            raise ValueError(f"--topk: expected at most {model.num_classes}, got {topk}")
         labels = read_labels(args.labels, model.num_classes) if args.labels else None
         inputs = _load(args.images, args.size, reject)
         while batch := list(itertools.islice(inputs, args.batch)):
-            for file, predictions in _predict(model, batch, args.topk):
+            for file, predictions in _predict(model, batch, topk):
                 if math.isnan(predictions[0]["probability"]):
                     reject(ImageError(file, "the network's output is not finite"))
                     continue
@@ -137,14 +138,22 @@ def _model(args: argparse.Namespace) -> "DSNet":
 
     from ..model import create_model
 
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: a torch without that device
+        raise ValueError(f"--device: cannot use {args.device!r}: {error}") from error
     placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     if args.weights:
         from ..checkpoint import read_checkpoint
 
-        variant = read_checkpoint(args.weights).variant
-        if args.model not in (None, variant):
-            raise ValueError(f"--model: expected {variant} as in {args.weights}, got {args.model}")
-        return create_model(variant, weights=args.weights, **placement).eval()
+        checkpoint = read_checkpoint(args.weights)
+        name = args.model or checkpoint.variant or " or ".join(list_models())
+        model = checkpoint.build(name, **placement).eval()
+        if model.num_classes == 0:
+            raise ValueError(
+                f"{args.weights}: expected a network with a classifier, got one without"
+            )
+        return model
     if not args.random_weights:
         raise ValueError(
             "expected --weights FILE: without weights the predictions would be random"

@@ -1,0 +1,170 @@
+"""A report as aligned text of at most 120 columns."""
+
+from collections.abc import Iterable, Sequence
+
+from .report import Report, Result, Row
+
+BASELINES = {
+    "eager_nchw": "eager NCHW",
+    "eager_channels_last": "eager ch-last",
+    "compile": "compile",
+}
+
+SHORT = {"reference": "ref", "forward": "fwd", "forward+backward": "fwd+bwd"}
+
+LEGEND = (
+    "ms: median ± half the interquartile range. *: best baseline. vs best: its time over ours;",
+    "~: no difference at 95 % confidence. GB/s by formula; of copy: its share of a copy's of that",
+    "size, timed with the others (a cache serves small ones). check: error over what is allowed.",
+)
+
+
+def render(report: Report) -> str:
+    """The machine, a table per operation and one of models, notes, and failures."""
+    lines = list(_heading(report))
+    for rows in _grouped(report.rows):
+        first = rows[0]
+        lines += ["", f"{first.subject}, {first.dtype}"]
+        uses = dict.fromkeys(row.use for row in rows if row.kind == "op")
+        lines += [f"  {use}" for use in uses]
+        table = _op_table(rows) if first.kind == "op" else _model_table(rows)
+        lines += _aligned(table)
+        lines += _remarks(rows)
+    lines += ["", *LEGEND]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(report: Report) -> Iterable[str]:
+    machine, versions = report.machine, report.versions
+    yield (
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores,"
+        f" {machine['threads']} threads"
+    )
+    known = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield f"{known}, commit {report.commit or 'unknown'}"
+    yield f"{report.date}, {report.seconds:.0f} s: {report.command}"
+
+
+def _grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.subject, row.dtype), []).append(row)
+    return groups.values()
+
+
+def _op_table(rows: Sequence[Row]) -> list[list[str]]:
+    names = _baselines(rows)
+    head = ["stage", "shape", "pass", *(BASELINES[name] for name in names)]
+    table = [[*head, "ours", "backend", "vs best", "GB/s", "of copy", "check"]]
+    for row in rows:
+        lead = [f"{row.stage} {row.use.split(':')[0]}", _shape(row), SHORT[row.work]]
+        for result in row.ours():
+            bandwidth, copy = row.bandwidth(result), row.copy_bandwidth()
+            rates = [
+                "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}",
+                "-" if bandwidth is None or copy is None else f"{bandwidth / copy:.0%}",
+            ]
+            table.append([*lead, *_times(row, names, result), *rates, _check(result)])
+    return table
+
+
+def _model_table(rows: Sequence[Row]) -> list[list[str]]:
+    names = _baselines(rows)
+    head = ["work", "images", *(BASELINES[name] for name in names)]
+    table = [[*head, "ours", "backend", "vs best", "images/s", "check"]]
+    for row in rows:
+        for result in row.ours():
+            rate = "-" if result.problem else f"{row.shape[0] / result.median:.1f}"
+            times = _times(row, names, result)
+            table.append([row.work, _shape(row), *times, rate, _check(result)])
+    return table
+
+
+def _times(row: Row, names: Sequence[str], ours: Result) -> list[str]:
+    """Baselines, ours, its backend, the ratio."""
+    baselines = [_time(row.result(name), row.best == name) for name in names]
+    return [*baselines, _time(ours), _backend(ours), _ratio(ours)]
+
+
+def _baselines(rows: Sequence[Row]) -> list[str]:
+    return [name for name in BASELINES if any(row.result(name) for row in rows)]
+
+
+def _shape(row: Row) -> str:
+    return "×".join(str(length) for length in row.shape)
+
+
+def _time(result: Result | None, best: bool = False) -> str:
+    if result is None:
+        return "-"
+    if result.median is None:
+        return "failed"
+    first, third = result.quartiles
+    spread = (third - first) / 2 / result.median
+    return f"{_digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _backend(result: Result) -> str:
+    used = dict.fromkeys(name for names in result.chosen.values() for name in names.split("/"))
+    used = [SHORT.get(name, name) for name in used]
+    name = SHORT.get(result.name, result.name)
+    return name if used == [name] else f"{name}→{'+'.join(used)}"
+
+
+def _ratio(result: Result) -> str:
+    if result.ratio is None:
+        return "-"
+    low, high = result.ratio_interval or (0.0, float("inf"))
+    return f"{'~' if low <= 1 <= high else ''}{result.ratio:.2f}×"
+
+
+def _check(result: Result) -> str:
+    if result.problem is not None:
+        return "FAILED"
+    return f"{result.error:.2f}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        padded = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append(" ".join(padded).rstrip())
+    return lines
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """Compile times, which backend ran what, notes and problems, each once."""
+    lines = []
+    compiled = [r.compile_seconds for row in rows for r in row.results if r.compile_seconds]
+    if compiled:
+        lines.append(
+            f"compile time, not in the table: {sum(compiled):.0f} s in all,"
+            f" {min(compiled):.1f} to {max(compiled):.1f} s per row"
+        )
+    for row in rows:
+        lines += row.notes
+        for result in row.results:
+            if row.kind == "model" and result.role == "ours":
+                lines.append(f"{result.name} runs {_by_backend(result.chosen)}")
+            if result.problem is not None:
+                name = f"{'ours ' if result.role == 'ours' else ''}{result.name}"
+                place = f"stage {row.stage}" if row.kind == "op" else f"{row.shape[0]} images"
+                lines.append(f"{name}, {place}, {row.work}: {result.problem}")
+    return [f"  {line}" for line in dict.fromkeys(lines)]
+
+
+def _by_backend(chosen: dict[str, str]) -> str:
+    backends: dict[str, list[str]] = {}
+    for operation, name in chosen.items():
+        backends.setdefault(name, []).append(operation)
+    return "; ".join(f"{', '.join(ops)} on {name}" for name, ops in backends.items())

@@ -1,0 +1,167 @@
+"""``dsnet bench``: fused against reference, on this machine."""
+
+import argparse
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+
+from ..variants import list_models
+from . import at_least
+
+NAME = "bench"
+HELP = "time the fused operations and the networks against the reference"
+
+MODES = ("all", "ops", "inference", "training")
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
+BASELINES = {
+    "nchw": "eager_nchw",
+    "channels_last": "eager_channels_last",
+    "compile": "compile",
+}
+SMALLEST_IMAGE = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Every contender is checked against float64 before it is timed. Exit status: 0; 1 if one of"
+        " ours failed its check or could not run; 2 after any other error."
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="dsnet_tiny",
+        choices=list_models(),
+        metavar="MODEL",
+        help=f"{', '.join(list_models())} (default dsnet_tiny)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help="images per call (default: operations and training 8, inference 1 and 8)",
+    )
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        nargs="+",
+        default=[(224, 224)],
+        metavar="S",
+        help="of the images: 224, or 800x1333 for rows x columns (default 224)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
+    parser.add_argument(
+        "--backends",
+        choices=BACKENDS,
+        nargs="+",
+        default=["auto"],
+        help="ours (default auto); in a network, operations without a kernel of a named backend"
+        " run as the reference",
+    )
+    parser.add_argument(
+        "--baselines",
+        choices=list(BASELINES),
+        nargs="+",
+        help="the reference in these forms (default: operations all three, networks the first two)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="all",
+        help="the operations alone, a network's inference or training step, or all (default)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results; - prints them instead")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument type: ``224`` or ``800x1333`` as (rows, columns)."""
+    parts = text.lower().replace("×", "x").split("x")
+    try:
+        lengths = tuple(int(part) for part in parts)
+    except ValueError:
+        lengths = ()
+    if len(lengths) not in (1, 2) or min(lengths) < SMALLEST_IMAGE:
+        raise argparse.ArgumentTypeError(
+            f"expected N or ROWSxCOLUMNS of at least {SMALLEST_IMAGE} pixels, got {text!r}"
+        )
+    return lengths if len(lengths) == 2 else lengths * 2
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench import report
+    from ..bench.table import render
+
+    refuse_absent(args.backends)
+    to_stdout = args.json == "-"
+    if args.json and not to_stdout:
+        report.check_writable(args.json)
+    start = time.monotonic()
+    with _threads(args.threads):
+        environment = report.environment(shlex.join(["dsnet", *sys.argv[1:]]))
+        rows = tuple(_rows(args))
+    result = report.Report(**environment, seconds=time.monotonic() - start, rows=rows)
+    if to_stdout:
+        print(result.to_json(), end="")
+    else:
+        print(render(result), end="")
+        if args.json:
+            report.write_atomically(args.json, result.to_json())
+    return 1 if any(row.failed() for row in rows) else 0
+
+
+def refuse_absent(backends: list[str]) -> None:
+    """Raises ValueError for a backend named that has no kernel here, with the reason."""
+    import dsnet_kernels
+
+    for name in backends:
+        if name == "auto" or name in dsnet_kernels.available_backends():
+            continue
+        states = dsnet_kernels.info()["operations"].items()
+        reasons = dict.fromkeys(state[name] for _, state in states)
+        raise ValueError(f"--backends: {name} cannot run here: {'; '.join(reasons)}")
+
+
+def _rows(args: argparse.Namespace) -> Iterator:
+    import torch
+
+    from ..bench.suite import Settings, tasks
+
+    chosen = tasks(
+        Settings(
+            model=args.model,
+            sizes=args.size,
+            dtypes=[getattr(torch, name) for name in args.dtype],
+            backends=list(dict.fromkeys(args.backends)),
+            batches=args.batch,
+            baselines=None if args.baselines is None else [BASELINES[n] for n in args.baselines],
+            mode=args.mode,
+        )
+    )
+    for index, task in enumerate(chosen):
+        _progress(f"[{index + 1}/{len(chosen)}] {task.title}")
+        yield task.run()
+    _progress("")
+
+
+def _progress(text: str) -> None:
+    """Replaces the last line on a terminal; says nothing elsewhere."""
+    if sys.stderr.isatty():
+        # The escape sequence clears the rest of the line.
+        sys.stderr.write(f"\r{text}\x1b[K")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
