@@ -3,7 +3,7 @@
 from dsnet_kernels.version import __version__
 
 from .block import DSBlock
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .model import DSNet, create_model
 from .variants import list_models
 
@@ -15,4 +15,5 @@ __all__ = [
     "create_model",
     "list_models",
     "load_checkpoint",
+    "save_checkpoint",
 ]

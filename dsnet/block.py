@@ -261,7 +261,7 @@ class DSBlock(nn.Module):
                 local, tokens = self.co_attention(local, tokens)
             global_ = tokens.transpose(1, 2).unflatten(2, grid)
         else:
-            global_ = self._downsample(y_global, grid)
+            global_ = y_global.new_empty((*y_global.shape[:2], *grid))
 
         x = kernels.upsample_concat(
             local,
@@ -275,9 +275,7 @@ class DSBlock(nn.Module):
         return self.mlp(x, self.drop_path(x)), local, global_
 
     def _downsample(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Bilinear to ``grid`` without antialiasing; an empty stream only changes its shape."""
-        if self.global_dim == 0:
-            return x.new_empty((x.shape[0], 0, *grid))
+        """Bilinear to ``grid`` without antialiasing."""
         # Not a comparison of shapes, which would pin the size of an exported network.
         if self.global_reduction == 1:
             return x

@@ -287,7 +287,9 @@ def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]
         return list(range(stages - indices, stages))
     indices = list(indices)
     if not indices or any(not -stages <= i < stages for i in indices):
-        raise ValueError(f"indices: expected stages between -{stages} and {stages - 1}, got {indices}")
+        raise ValueError(
+            f"indices: expected stages between -{stages} and {stages - 1}, got {indices}"
+        )
     return sorted({i % stages for i in indices})
 
 
@@ -384,11 +386,14 @@ def _classifier(features: int, num_classes: int) -> nn.Module:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Truncated normal for linear layers, fan-out normal for convolutions, zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
-        nn.init.zeros_(module.bias)
+    """Truncated normal, small wherever a residual goes around; zero biases.
+
+    Patch embeddings have no residual and keep their input's scale. Position convolutions stand
+    outside every norm: a larger deviation would grow the stream by a factor in every block.
+    """
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return
+    patch_embedding = isinstance(module, nn.Conv2d) and module.stride[0] > 1
+    std = module.weight[0].numel() ** -0.5 if patch_embedding else 0.02
+    nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(module.bias)

@@ -44,8 +44,7 @@ def _batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         count, mean, var = _synchronise(count, mean, var, norm.process_group)
     elif norm.training and count <= 1:
         raise ValueError(
-            "x: expected more than one value per channel when training,"
-            f" got shape {tuple(x.shape)}"
+            f"x: expected more than one value per channel when training, got shape {tuple(x.shape)}"
         )
     if norm.training and norm.track_running_stats:
         _update_running(norm, mean.detach(), var.detach(), count)

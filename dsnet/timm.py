@@ -42,7 +42,7 @@ _CFG = {
     "paper_ids": "arXiv:2105.14734",
 }
 
-default_cfgs = generate_default_cfgs({name: _CFG for name in VARIANTS})
+default_cfgs = generate_default_cfgs(dict.fromkeys(VARIANTS, _CFG))
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

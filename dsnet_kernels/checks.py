@@ -93,6 +93,8 @@ def with_signature(function: Callable) -> Callable:
 def autocast(tensor: Tensor) -> Tensor:
     """Under autocast a float32 activation takes the autocast dtype, as a convolution's does."""
     device = tensor.device.type
-    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return tensor
+    if torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor

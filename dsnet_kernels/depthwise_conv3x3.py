@@ -142,6 +142,6 @@ def depthwise_conv3x3(
     checks.parameters("x", x, weight=weight, bias=bias, scale=scale, shift=shift)
     if select(OPERATION, backend, x) == "reference":
         return reference(x, weight, bias, scale=scale, shift=shift, residual=residual)
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
     return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual)

@@ -28,7 +28,8 @@ def info() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     if introspection is not None:
-        machine["cpu_capability"] = introspection.cpu_capability()
+        usable = native.CPU.refusal is None
+        machine["cpu_capability"] = introspection.cpu_capability() if usable else None
         machine["cpu_capabilities"] = introspection.cpu_capabilities()
     return {
         "versions": {"dsnet-kernels": __version__, "torch": torch.__version__},

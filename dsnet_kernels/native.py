@@ -1,6 +1,7 @@
 """The native libraries: the operator namespace, loading, and why a library is not there."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,16 +34,21 @@ def _load(name: str) -> NativeLibrary:
     return NativeLibrary(name, path, None)
 
 
+def _load_cpu() -> NativeLibrary:
+    library = _load("cpu")
+    module, _ = introspection()
+    if library.refusal is None and module is not None:
+        try:
+            module.cpu_capability()
+        except ValueError as error:
+            # An import must not fail for a mistyped variable, nor may it pass in silence.
+            warnings.warn(f"{error}; the cpu backend is off", RuntimeWarning)
+            return NativeLibrary(library.name, library.path, str(error))
+    return library
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-CPU = _load("cpu")
-
-
-def cpu_refusal() -> str | None:
-    """Why the ``cpu`` library is not usable here, or None if it is."""
-    return CPU.refusal
 
 
 def introspection() -> tuple[ModuleType | None, str | None]:
@@ -52,6 +58,14 @@ def introspection() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, _first_line(error)
     return _C, None
+
+
+CPU = _load_cpu()
+
+
+def cpu_refusal() -> str | None:
+    """Why the ``cpu`` library is not usable here, or None if it is."""
+    return CPU.refusal
 
 
 def build_record() -> dict | None:

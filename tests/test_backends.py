@@ -17,7 +17,6 @@ import dsnet_kernels
 from dsnet_kernels import BackendUnavailable, available_backends, backends, current_backend
 from dsnet_kernels.backends import BACKENDS, PREFERENCE, Operation, select
 
-ROOT = Path(__file__).resolve().parents[1]
 X = torch.zeros(2, 3)
 
 
@@ -143,7 +142,7 @@ def test_a_named_backend_raises_with_its_reason_and_never_falls_back(name, reaso
 
 
 def test_a_list_that_cannot_run_gives_every_reason():
-    with pytest.raises(BackendUnavailable, match="triton is not installed.*has no cuda kernel"):
+    with pytest.raises(BackendUnavailable, match=r"triton is not installed.*has no cuda kernel"):
         select(OPERATION, ["triton", "cuda"], X)
 
 
@@ -222,7 +221,7 @@ def test_explain_asks_for_the_tensors_it_needs(tensors):
 
 
 def test_explain_refuses_unknown_operations_and_backends():
-    with pytest.raises(ValueError, match="operation: expected one of .*made_up.*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"operation: expected one of .*made_up.*, got 'conv'"):
         dsnet_kernels.explain("conv", X)
     with pytest.raises(ValueError, match="backend: expected one or more of"):
         dsnet_kernels.explain("made_up", X, backend="gpu")
@@ -236,7 +235,7 @@ def test_available_backends_of_an_operation_and_of_any():
     assert available_backends("pointwise_mlp")[0] == "reference"
     everything = available_backends()
     assert set(available_backends("made_up")) <= set(everything) <= set(BACKENDS)
-    with pytest.raises(ValueError, match="operation: expected one of .*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"operation: expected one of .*, got 'conv'"):
         available_backends("conv")
 
 
@@ -265,11 +264,11 @@ def test_info_is_json_and_covers_every_operation_and_backend():
 
 
 def python(*arguments, **environment):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     inherited = {k: v for k, v in os.environ.items() if k != "DSNET_BACKEND"}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**inherited, "PYTHONPATH": path, **environment},
+        cwd=Path(dsnet_kernels.__file__).parents[1],
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -280,15 +279,13 @@ def python(*arguments, **environment):
 PRINT_CURRENT = "import dsnet_kernels; print(*dsnet_kernels.current_backend())"
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("reference", "reference"), (" cpu, auto ", "cpu auto"), ("", "auto")]
-)
+@pytest.mark.parametrize(("value", "expected"), [(" cpu, auto ", "cpu auto"), ("", "auto")])
 def test_environment_sets_the_backend(value, expected):
     done = python("-W", "error::RuntimeWarning", "-c", PRINT_CURRENT, DSNET_BACKEND=value)
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
 
 
-@pytest.mark.parametrize("value", ["gpu", "cpu,gpu", ","])
+@pytest.mark.parametrize("value", ["cpu,gpu", ","])
 def test_environment_with_an_unknown_name_warns_and_stays_at_auto(value):
     done = python("-c", PRINT_CURRENT, DSNET_BACKEND=value)
     assert (done.returncode, done.stdout.strip()) == (0, "auto"), done.stderr

@@ -157,7 +157,7 @@ def test_16_bit_colours(tmp_path):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pixels_without_a_known_range_are_refused(tmp_path, mode):
     path = saved(tmp_path / "x.tif", Image.new(mode, (4, 4), 7))
-    with pytest.raises(ImageError, match=f"x.tif: pixels of mode {mode}"):
+    with pytest.raises(ImageError, match=rf"x\.tif: pixels of mode {mode}"):
         load_image(path)
 
 
@@ -214,7 +214,7 @@ def test_damaged_or_foreign_file(tmp_path, recwarn, content, reason):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(ImageError, match="absent.png: No such file or directory"):
+    with pytest.raises(ImageError, match=r"absent\.png: No such file or directory"):
         load_image(tmp_path / "absent.png")
     with pytest.raises(ImageError, match="Is a directory"):
         load_image(tmp_path)

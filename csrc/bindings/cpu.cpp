@@ -1,6 +1,6 @@
 // The operators on the CPU: checks, allocation, threads, registration with torch's stable ABI.
-#include "cpu/capability.h"
 #include "common/checks.h"
+#include "cpu/capability.h"
 #include "cpu/depthwise_conv3x3.h"
 #include "ops.h"
 
@@ -26,9 +26,8 @@ cpu::Storage storage_of(const Tensor& x) {
     case ScalarType::BFloat16: return cpu::Storage::bfloat16;
     case ScalarType::Double: return cpu::Storage::float64;
     default:
-      throw std::runtime_error(
-          std::string("x: expected float32, bfloat16 or float64, got ") +
-          torch::headeronly::toString(x.scalar_type()));
+      throw std::runtime_error(std::string("x: expected float32, bfloat16 or float64, got ") +
+                               torch::headeronly::toString(x.scalar_type()));
   }
 }
 
@@ -43,9 +42,8 @@ cpu::Pixels pixels_of(const Tensor& x) {
 }
 
 Tensor empty_channels_last(const Tensor& like) {
-  return torch::stable::empty(
-      like.sizes(), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-      torch::headeronly::MemoryFormat::ChannelsLast);
+  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(),
+      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 template <typename Acc, typename T>
@@ -74,8 +72,7 @@ std::vector<Acc> values_of(
       }
       [[fallthrough]];
     default:
-      check(
-          false, name, ": expected x's dtype or float32, got ",
+      check(false, name, ": expected x's dtype or float32, got ",
           torch::headeronly::toString(contiguous.scalar_type()));
   }
   return values;
@@ -90,14 +87,11 @@ void with_accumulator(cpu::Storage storage, const F& body) {
   }
 }
 
-cpu::DepthwiseShape check_depthwise(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
-    const OptionalTensor& shift) {
-  check(
-      x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
+cpu::DepthwiseShape check_depthwise(const Tensor& x, const Tensor& weight,
+    const OptionalTensor& scale, const OptionalTensor& shift) {
+  check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
   const cpu::DepthwiseShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
-  check(
-      shape.channels > 0 && shape.height > 0 && shape.width > 0,
+  check(shape.channels > 0 && shape.height > 0 && shape.width > 0,
       "x: expected at least one channel and pixel, got ", shape_text(x.sizes()));
   check_shape("weight", weight, {shape.channels, 1, 3, 3});
   check_shape("scale", scale, {shape.channels});
@@ -107,9 +101,9 @@ cpu::DepthwiseShape check_depthwise(
 
 // Layout of the rows: see DepthwiseForward.
 template <typename Acc>
-std::vector<Acc> forward_coefficients(
-    const cpu::DepthwiseShape& shape, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
+std::vector<Acc> forward_coefficients(const cpu::DepthwiseShape& shape, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+    bool residual) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto b = values_of<Acc>("bias", bias, C, 0);
@@ -140,9 +134,8 @@ std::vector<Acc> forward_coefficients(
 
 // Layout of the rows: see DepthwiseBackward.
 template <typename Acc>
-std::vector<Acc> backward_coefficients(
-    const cpu::DepthwiseShape& shape, const Tensor& weight, const OptionalTensor& scale,
-    const OptionalTensor& shift) {
+std::vector<Acc> backward_coefficients(const cpu::DepthwiseShape& shape, const Tensor& weight,
+    const OptionalTensor& scale, const OptionalTensor& shift) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto s = values_of<Acc>("scale", scale, C, 1);
@@ -171,9 +164,8 @@ void sum_slots(const Acc* partials, int64_t slots, int64_t values, Acc* out) {
 
 }  // namespace
 
-Tensor depthwise_conv3x3(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, bool residual) {
+Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
   const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
   check_shape("bias", bias, {shape.channels});
   const cpu::Storage storage = storage_of(x);
@@ -189,20 +181,17 @@ Tensor depthwise_conv3x3(
         forward_coefficients<Acc>(shape, weight, bias, scale, shift, residual);
     const cpu::DepthwiseForward args{
         shape, pixels_of(source), coefficients.data(), out.mutable_data_ptr()};
-    torch::stable::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
-      kernel(args, begin, end);
-    });
+    torch::stable::parallel_for(
+        0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
-    const OptionalTensor& shift, bool residual) {
+std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const Tensor& x,
+    const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
   const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
   check_shape("grad", grad, {shape.batch, shape.channels, shape.height, shape.width});
-  check(
-      grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
+  check(grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
       torch::headeronly::toString(x.scalar_type()), ", got ",
       torch::headeronly::toString(grad.scalar_type()));
   const cpu::Storage storage = storage_of(x);
@@ -210,8 +199,8 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(
   const bool wide = storage == cpu::Storage::float64;
   const ScalarType accumulator = wide ? ScalarType::Double : ScalarType::Float;
   constexpr int64_t gradient_rows = cpu::DepthwiseBackward::gradient_rows;
-  Tensor rows = torch::stable::empty(
-      {gradient_rows, shape.channels}, accumulator, std::nullopt, x.device());
+  Tensor rows =
+      torch::stable::empty({gradient_rows, shape.channels}, accumulator, std::nullopt, x.device());
   if (shape.batch == 0) {
     torch::stable::zero_(rows);
     return {grad_x, rows};
@@ -227,15 +216,12 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(
   with_accumulator(storage, [&](auto zero) {
     using Acc = decltype(zero);
     const auto coefficients = backward_coefficients<Acc>(shape, weight, scale, shift);
-    const cpu::DepthwiseBackward args{
-        shape,          pixels_of(grad_source),    pixels_of(source),
+    const cpu::DepthwiseBackward args{shape, pixels_of(grad_source), pixels_of(source),
         coefficients.data(), residual, grad_x.mutable_data_ptr(), partials.mutable_data_ptr()};
-    torch::stable::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
-      kernel(args, begin, end);
-    });
-    sum_slots<Acc>(
-        static_cast<const Acc*>(partials.const_data_ptr()), slots, gradient_rows * shape.channels,
-        static_cast<Acc*>(rows.mutable_data_ptr()));
+    torch::stable::parallel_for(
+        0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    sum_slots<Acc>(static_cast<const Acc*>(partials.const_data_ptr()), slots,
+        gradient_rows * shape.channels, static_cast<Acc*>(rows.mutable_data_ptr()));
   });
   return {grad_x, rows};
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "build_record.h"
 #include "cpu/capability.h"
 
 namespace py = pybind11;
@@ -16,26 +17,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return cpu::name(cpu::capability()); },
       "The instruction set in use: 'generic', 'avx2' or 'avx512'.");
-  m.def(
-      "set_cpu_capability", &cpu::set_capability, py::arg("name"),
+  m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"),
       "Replaces the instruction set in use. ValueError if it is unknown or not on this CPU.");
   m.def(
       "cpu_capabilities",
       [] {
         std::vector<std::string> names;
-        for (cpu::Capability capability : cpu::capabilities()) names.push_back(cpu::name(capability));
+        for (cpu::Capability capability : cpu::capabilities())
+          names.push_back(cpu::name(capability));
         return names;
       },
       "The instruction sets compiled in and on this CPU, ascending.");
   m.def(
-      "build_configuration",
-      [] {
-        py::dict configuration;
-        configuration["compiler"] = DSNET_COMPILER;
-        configuration["torch"] = DSNET_TORCH_VERSION;
-        configuration["stable_abi"] = DSNET_STABLE_ABI;
-        configuration["capabilities"] = DSNET_CAPABILITIES;
-        return configuration;
-      },
-      "Compiler, torch and instruction sets of this build.");
+      "build_configuration", [] { return py::module_::import("json").attr("loads")(build_record); },
+      "What this module was built with: the record that is also in build.json.");
 }

@@ -34,8 +34,8 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-inline void check_shape(
-    const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* name, const torch::stable::Tensor& tensor,
+    std::initializer_list<int64_t> expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   int64_t d = 0;
   for (int64_t size : expected) same = same && tensor.size(d++) == size;
@@ -43,8 +43,7 @@ inline void check_shape(
       same, name, ": expected shape ", shape_text(expected), ", got ", shape_text(tensor.sizes()));
 }
 
-inline void check_shape(
-    const char* name, const std::optional<torch::stable::Tensor>& tensor,
+inline void check_shape(const char* name, const std::optional<torch::stable::Tensor>& tensor,
     std::initializer_list<int64_t> expected) {
   if (tensor.has_value()) check_shape(name, *tensor, expected);
 }

@@ -5,10 +5,10 @@
 
 namespace dsnet::cpu {
 
-#define DSNET_DECLARE(arch)                                     \
-  namespace arch {                                              \
-  DepthwiseForwardKernel depthwise_forward(Storage storage);    \
-  DepthwiseBackwardKernel depthwise_backward(Storage storage);  \
+#define DSNET_DECLARE(arch)                                    \
+  namespace arch {                                             \
+  DepthwiseForwardKernel depthwise_forward(Storage storage);   \
+  DepthwiseBackwardKernel depthwise_backward(Storage storage); \
   }
 DSNET_DECLARE(generic)
 #ifdef DSNET_X86

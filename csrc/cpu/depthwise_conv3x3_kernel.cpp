@@ -32,13 +32,17 @@ struct Lanes {
   int64_t n;
   template <typename T>
   V load(const T* p) const {
-    if constexpr (Tail) return V::load(p, n);
-    else return V::load(p);
+    if constexpr (Tail)
+      return V::load(p, n);
+    else
+      return V::load(p);
   }
   template <typename T>
   void store(const V& value, T* p) const {
-    if constexpr (Tail) value.store(p, n);
-    else value.store(p);
+    if constexpr (Tail)
+      value.store(p, n);
+    else
+      value.store(p);
   }
 };
 
@@ -48,9 +52,8 @@ struct Lanes {
 //   start(i, column)     initial sum of output row i; column 0 first, 1 inner, 2 last
 //   finish(i, j, sum)    receives output (i, j)
 template <int R, typename V, typename T, typename L, typename Start, typename Finish>
-inline __attribute__((always_inline)) void sweep(
-    const Row<T> (&rows)[R + 2], int64_t width, const L& lanes, const V (&taps)[9],
-    const Start& start, const Finish& finish) {
+inline __attribute__((always_inline)) void sweep(const Row<T> (&rows)[R + 2], int64_t width,
+    const L& lanes, const V (&taps)[9], const Start& start, const Finish& finish) {
   V before[R], here[R], after[R];
   auto step = [&](int64_t j, auto is_first, auto is_last, int next_column) {
     V in[R + 2];
@@ -96,12 +99,12 @@ struct Place {
 
 template <typename T>
 Row<T> row_of(const Pixels& pixels, const DepthwiseShape& shape, int64_t image, int64_t row,
-              int64_t channel) {
+    int64_t channel) {
   alignas(64) static const T zeros[16] = {};
   if (row < 0 || row >= shape.height) return {zeros, 0};
   const T* data = static_cast<const T*>(pixels.data);
-  return {data + image * pixels.stride_batch + row * pixels.stride_row + channel,
-          pixels.stride_column};
+  return {
+      data + image * pixels.stride_batch + row * pixels.stride_row + channel, pixels.stride_column};
 }
 
 // Calls body(rows as a constant, first row, lanes, first channel) over a task: R rows at a time,
@@ -134,7 +137,8 @@ void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
     auto body = [&](auto row_count, int64_t row, const auto& lanes, int64_t c) {
       constexpr int R = decltype(row_count)::value;
       Row<T> rows[R + 2];
-      for (int i = 0; i < R + 2; ++i) rows[i] = row_of<T>(args.x, shape, place.image, row + i - 1, c);
+      for (int i = 0; i < R + 2; ++i)
+        rows[i] = row_of<T>(args.x, shape, place.image, row + i - 1, c);
       V taps[9];
       for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + k * C + c);
       const Acc* constants[R];
@@ -170,7 +174,8 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
 
   for (int64_t task = begin; task < end; ++task) {
     const Place place(task, shape, tasks);
-    Acc* sums = static_cast<Acc*>(args.partials) + place.slot * DepthwiseBackward::gradient_rows * C;
+    Acc* sums =
+        static_cast<Acc*>(args.partials) + place.slot * DepthwiseBackward::gradient_rows * C;
     for (int k = 0; k < DepthwiseBackward::gradient_rows; ++k) {
       for (int64_t c = place.channel_begin; c < place.channel_end; ++c) sums[k * C + c] = 0;
     }

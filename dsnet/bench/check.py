@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,13 +24,15 @@ class Check:
     failures: tuple[str, ...] = ()
 
 
-def check_errors(got: Values, references: Sequence[Values], oracle: Values) -> Check:
-    """err(got) ≤ 2·err(reference) + 2·eps·size(oracle) for each value, as maximum and RMS.
+def check_errors(
+    got: Values, references: Sequence[Values], oracle: Values, slack: float = 2.0
+) -> Check:
+    """err(got) ≤ slack·(err(reference) + eps·size(oracle)) for each value, as maximum and RMS.
 
     err is the distance to the oracle, size the oracle's own maximum or RMS, eps that of got's
     dtype; of several references, which have the same dtype, the largest error counts.
     """
-    return _check(got, references, oracle, _error_excess)
+    return _check(got, references, oracle, partial(_error_excess, slack=slack))
 
 
 def check_directions(got: Values, references: Sequence[Values], oracle: Values) -> Check:
@@ -67,11 +70,11 @@ def _check(got: Values, references: Sequence[Values], oracle: Values, excess) ->
     return Check(not failures, worst, tuple(failures))
 
 
-def _error_excess(value: Tensor, references: Sequence[Tensor], truth: Tensor):
+def _error_excess(value: Tensor, references: Sequence[Tensor], truth: Tensor, slack: float):
     eps = torch.finfo(value.dtype).eps
     for what, norm in (("maximum error", _maximum), ("RMS error", _rms)):
         allowed = max(norm(reference.double() - truth) for reference in references)
-        yield what, norm(value.double() - truth), 2 * allowed + 2 * eps * norm(truth)
+        yield what, norm(value.double() - truth), slack * (allowed + eps * norm(truth))
 
 
 def _direction_excess(value: Tensor, references: Sequence[Tensor], truth: Tensor):

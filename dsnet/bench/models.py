@@ -1,7 +1,7 @@
 """Rows of whole networks: inference, and a training step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def model_row(
         del exact, eager
         return run_row(
             contenders,
-            lambda values: _judge(values, references, oracle),
+            partial(_judge, references=references, oracle=oracle),
             budget=BUDGET[work] if budget is None else budget,
             kind="model",
             subject=name,
@@ -144,7 +144,8 @@ def _contender(
     def infer() -> Tensor:
         return function(images.contiguous(memory_format=layout))
 
-    values = partial(_values, function, model, images.contiguous(memory_format=layout), labels)
+    # Kept, as a reference's are used twice.
+    values = cache(partial(_values, function, model, images, labels))
     if not model.training:
         return Contender(name, role, infer, values, name == "compile", chosen)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
@@ -178,7 +179,10 @@ def _values(
 
 
 def _judge(
-    values: Mapping[str, Tensor], references: Sequence[Mapping[str, Tensor]], oracle: Mapping
+    values: Mapping[str, Tensor],
+    slack: float,
+    references: Sequence[Mapping[str, Tensor]],
+    oracle: Mapping[str, Tensor],
 ) -> Check:
     """Directions tensor by tensor, errors of the logits and of all gradients together.
 
@@ -189,7 +193,7 @@ def _judge(
     if not directions.passed:
         return directions
     pooled = [_pooled(each, oracle) for each in (values, *references, oracle)]
-    return both(directions, check_errors(pooled[0], pooled[1:-1], pooled[-1]))
+    return both(directions, check_errors(pooled[0], pooled[1:-1], pooled[-1], slack))
 
 
 def _pooled(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 SCHEMA = "dsnet-bench"
 VERSION = 1
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,12 @@ class Row:
     def copy_bandwidth(self) -> float | None:
         """Bytes per second of a copy of the activation, which reads and writes it once."""
         roof = self.result("copy")
-        return None if roof is None else self.copy_bytes() / roof.median
+        if roof is None or not roof.median:
+            return None
+        return self.copy_bytes() / roof.median
 
     def copy_bytes(self) -> int:
-        size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
-        count = 2 * size
-        for length in self.shape:
-            count *= length
-        return count
+        return 2 * ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)

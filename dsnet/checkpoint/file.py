@@ -18,6 +18,7 @@ from .layout import Architecture, add_batch_counts, from_public, is_public, per_
 
 FORMAT_VERSION = "1"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 _COUNT = ".num_batches_tracked"
 # What Paddle adds to a state dict.
 _NOT_WEIGHTS = "StructuredToParameterName@@"
@@ -55,11 +56,7 @@ class Checkpoint:
     def expect_variant(self, name: str) -> None:
         """Raises CheckpointError unless the file holds the network ``name``."""
         if self.variant != name:
-            depths = ", ".join(map(str, self.architecture.depths))
-            holds = self.variant or "another network"
-            raise CheckpointError(
-                self.path, f"expected {name}, got {holds} with {depths} blocks per stage"
-            )
+            raise self._other_network(name)
 
     def expect_complete(self) -> None:
         """Raises CheckpointError unless the file holds all of the network its shapes describe."""
@@ -111,11 +108,17 @@ class Checkpoint:
             for name, tensor in converted.items():
                 target[name].copy_(tensor)
 
+    def _other_network(self, expected: str) -> CheckpointError:
+        depths = ", ".join(map(str, self.architecture.depths))
+        got = self.variant or "another network"
+        problem = f"expected {expected}, got {got} with {depths} blocks per stage"
+        return CheckpointError(self.path, problem)
+
     def _described(self) -> DSNet:
         """The network that the shapes describe, without memory."""
         name = self.architecture.variant
         if name is None:
-            self.expect_variant(" or ".join(VARIANTS))
+            raise self._other_network(" or ".join(VARIANTS))
         try:
             return create_model(name, device="meta", **self.architecture.arguments())
         except (ValueError, RuntimeError) as error:
@@ -135,7 +138,7 @@ class Checkpoint:
         misshapen = _misshapen(tensors, expected)
         hints = self.architecture.differences(Architecture.of(model.state_dict()))
         if "head.weight" in missing or any(text.startswith("head.weight") for text in misshapen):
-            hints += "; head=False loads all but the classifier"
+            hints += "; load_checkpoint(..., head=False) loads all but the classifier"
         self._refuse(
             missing=missing,
             unexpected=[name for name in tensors if name not in expected],
@@ -173,8 +176,7 @@ def read_checkpoint(path: str | PathLike, *, model_ema: bool = False) -> Checkpo
     """
     path = Path(path)
     format_, content, metadata = read_file(path)
-    state = _state_dict(path, content, model_ema)
-    _expect_weights(path, state)
+    state = _checked(path, _state_dict(path, content, model_ema))
     public = is_public(state)
     if format_ == PADDLE and not public:
         raise CheckpointError(path, "expected the public names in a Paddle checkpoint")
@@ -185,16 +187,19 @@ def read_checkpoint(path: str | PathLike, *, model_ema: bool = False) -> Checkpo
     if not _under(tensors, "stages."):
         raise CheckpointError(path, f"expected a DS-Net, got other tensors: {listing(state)}")
     add_batch_counts(tensors)
+    if public:
+        global_reduction, num_heads = PUBLIC_REDUCTION, None
+    else:
+        global_reduction = _recorded(path, metadata, "global_reduction")
+        num_heads = _recorded(path, metadata, "num_heads")
     return Checkpoint(
         path=path,
         format=format_,
         layout="public" if public else "dsnet",
         tensors=tensors,
         architecture=Architecture.of(tensors),
-        global_reduction=PUBLIC_REDUCTION
-        if public
-        else _recorded(path, metadata, "global_reduction"),
-        num_heads=None if public else _recorded(path, metadata, "num_heads"),
+        global_reduction=global_reduction,
+        num_heads=num_heads,
     )
 
 
@@ -280,27 +285,34 @@ def _state_dict(path: Path, content: Any, model_ema: bool) -> dict[str, Any]:
     return state
 
 
-def _expect_weights(path: Path, state: dict[str, Any]) -> None:
-    """Raises CheckpointError unless all values are what a model can hold; detaches them."""
+def _checked(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, once they are known to be what a network can hold."""
+    tensors = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            got = type(value).__name__
-            raise CheckpointError(path, f"{shown(name)}: expected a tensor, got {got}")
-        if not _is_dense(value):
-            raise CheckpointError(path, f"{shown(name)}: expected a dense tensor of own memory")
-        state[name] = value = value.detach()
-        if name.endswith(_COUNT):
-            # A count that was cast to half precision may be infinite.
-            state[name] = value.nan_to_num(0, 0, 0).to(torch.int64)
-            continue
-        if value.dtype not in FLOATING:
-            raise CheckpointError(
-                path, f"{shown(name)}: expected floating-point numbers, got {value.dtype}"
+            problem = f"expected a tensor, got {type(value).__name__}"
+        elif not _is_dense(value):
+            problem = "expected a dense tensor of own memory"
+        elif name.endswith(_COUNT):
+            problem = (
+                None
+                if value.dtype in FLOATING + INTEGERS
+                else f"expected a number, got {value.dtype}"
             )
-        if not value.isfinite().all():
-            raise CheckpointError(path, f"{shown(name)}: expected finite numbers, got inf or nan")
-        if name.endswith(("running_var", "._variance")) and (value < 0).any():
-            raise CheckpointError(path, f"{shown(name)}: expected variances, got a negative number")
+        elif value.dtype not in FLOATING:
+            problem = f"expected floating-point numbers, got {value.dtype}"
+        elif not value.isfinite().all():
+            problem = "expected finite numbers, got inf or nan"
+        elif name.endswith(("running_var", "._variance")) and (value < 0).any():
+            problem = "expected variances, got a negative number"
+        else:
+            problem = None
+        if problem:
+            raise CheckpointError(path, f"{shown(name)}: {problem}")
+        value = value.detach()
+        # A count that was cast to half precision may be infinite.
+        tensors[name] = value.nan_to_num(0, 0, 0).long() if name.endswith(_COUNT) else value
+    return tensors
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -27,12 +27,11 @@ def read_file(path: Path) -> tuple[str, Any, dict[str, str]]:
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(path, "expected a file")
-        size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
-    format_, reader = _recognise(path, head, size)
+    format_, reader = _recognise(path, head)
     try:
         content, metadata = reader(path)
     except ImportError:
@@ -44,14 +43,14 @@ def read_file(path: Path) -> tuple[str, Any, dict[str, str]]:
     return format_, content, metadata
 
 
-def _recognise(path: Path, head: bytes, size: int) -> tuple[str, Callable]:
+def _recognise(path: Path, head: bytes) -> tuple[str, Callable]:
     """The format's name and its reader, from the first bytes."""
     if not head:
         raise CheckpointError(path, "is empty, expected a checkpoint")
     if head.startswith(b"PK\x03\x04"):
         return "PyTorch", _read_torch_archive
-    # A safetensors file begins with the header's length in 8 bytes, then its JSON.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < max(size, 2**32):
+    # A safetensors file begins with its header's length, 8 bytes, then the header in JSON.
+    if head[4:9] == bytes(4) + b"{":
         return "safetensors", _read_safetensors
     # Pickles from protocol 2 on; torch.save's older format begins with one of its magic number.
     if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
@@ -92,6 +91,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _reason(error: Exception) -> str:
     """One line on ``error``; torch's own text advises loading the file unsafely."""
+    if isinstance(error, (LookupError, TypeError, AttributeError, UnicodeError)):
+        return f"it is damaged ({type(error).__name__})"
     text = str(error)
     if match := re.search(r"GLOBAL (\S+)", text):
         return f"it refers to {shown(match[1])}, and may hold nothing but tensors and plain values"

@@ -141,7 +141,12 @@ class Architecture:
         return {k: v for k, v in asdict(self).items() if k not in ("depths", "embed_dims")}
 
     def differences(self, model: "Architecture") -> str:
-        """``alpha 0.25 in the file, 0.5 in the model``, for each argument that differs."""
+        """``alpha 0.25 in the file, 0.5 in the model``, for each argument that differs.
+
+        Empty between networks of different depths, such as a backbone with fewer stages.
+        """
+        if self.depths != model.depths:
+            return ""
         mine, other = self.arguments(), model.arguments()
         return ", ".join(
             f"{name} {value} in the file, {other[name]} in the model"

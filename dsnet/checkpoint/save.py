@@ -81,6 +81,8 @@ def _write(
     from safetensors.torch import save
 
     _expect_free(path, overwrite)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected an existing folder to write to")
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -141,10 +141,12 @@ def _rows(args: argparse.Namespace) -> Iterator:
             mode=args.mode,
         )
     )
-    for index, task in enumerate(chosen):
-        _progress(f"[{index + 1}/{len(chosen)}] {task.title}")
-        yield task.run()
-    _progress("")
+    try:
+        for index, task in enumerate(chosen):
+            _progress(f"[{index + 1}/{len(chosen)}] {task.title}")
+            yield task.run()
+    finally:
+        _progress("")
 
 
 def _progress(text: str) -> None:

@@ -147,6 +147,7 @@ def _model(args: argparse.Namespace) -> "DSNet":
         from ..checkpoint import read_checkpoint
 
         checkpoint = read_checkpoint(args.weights)
+        # A network of no published variant is refused by build, which names what it expected.
         name = args.model or checkpoint.variant or " or ".join(list_models())
         model = checkpoint.build(name, **placement).eval()
         if model.num_classes == 0:
@@ -161,7 +162,7 @@ def _model(args: argparse.Namespace) -> "DSNet":
         )
     print(f"{args.prog}: random weights: the predictions mean nothing", file=sys.stderr)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         model = create_model(args.model or list_models()[0])
     return model.to(**placement).eval()
 

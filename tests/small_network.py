@@ -1,0 +1,25 @@
+"""A network small enough for quick tests, and images for it."""
+
+import torch
+from torch import nn
+
+from dsnet.model import DSNet
+from dsnet.variants import Variant
+
+SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+
+
+def small(cls=DSNet, dtype=torch.float64, **kwargs):
+    """A quick network with statistics away from their initial values."""
+    torch.manual_seed(0)
+    model = cls(SMALL, **({"num_classes": 7} if cls is DSNet else {}), **kwargs).to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def images(height=64, width=64, batch=2, channels=3, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, height, width, generator=generator, dtype=dtype)

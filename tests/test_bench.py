@@ -1,0 +1,500 @@
+"""``dsnet bench``: the timer, the checks, the schema, the command."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import dsnet_kernels
+from dsnet.bench import cases, models, ops, report, row, table, timing
+from dsnet.bench.check import check_directions, check_errors
+from dsnet.bench.suite import Settings, tasks
+from dsnet.commands import bench
+from dsnet_kernels import reference
+
+
+class Machine:
+    """A clock that calls advance, each by its cost, times noise, times a drift with time."""
+
+    def __init__(self, seed=0, noise=0.0, drift=0.0):
+        self.random = random.Random(seed)
+        self.noise, self.drift, self.now = noise, drift, 0.0
+        self.log = []
+
+    def clock(self):
+        return self.now
+
+    def call(self, name, cost):
+        def work():
+            self.log.append(name)
+            noise = math.exp(self.random.gauss(0, self.noise))
+            self.now += cost * noise * (1 + self.drift * self.now)
+
+        return work
+
+    def compare(self, slow, fast, rounds=30):
+        calls = {"slow": self.call("slow", slow), "fast": self.call("fast", fast)}
+        timings = timing.measure(
+            calls, budget=0, rounds=(rounds, rounds), min_sample=1e-9, clock=self.clock
+        )
+        return timing.compare(timings["slow"], timings["fast"])
+
+
+SEEDS = range(200)
+
+
+def test_planted_slow_down_is_always_detected_and_its_interval_covers_it():
+    ratios = [Machine(seed, noise=0.1).compare(1.3, 1.0) for seed in SEEDS]
+    assert all(ratio.differs and ratio.low > 1 for ratio in ratios)
+    covered = sum(ratio.low <= 1.3 <= ratio.high for ratio in ratios)
+    assert covered >= 0.9 * len(SEEDS)
+
+
+def test_noise_alone_is_no_difference_at_the_stated_confidence():
+    alarms = sum(Machine(seed, noise=0.1).compare(1.0, 1.0).differs for seed in SEEDS)
+    assert alarms <= 0.08 * len(SEEDS)
+
+
+def test_drift_cancels_because_contenders_take_turns():
+    ratio = Machine(drift=0.01).compare(1.3, 1.0, rounds=40)
+    assert ratio.value == pytest.approx(1.3, rel=0.03)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_rounds_hold_every_contender_once_and_each_comes_first_equally_often(count):
+    names = [str(i) for i in range(count)]
+    orders = [timing.turn(names, index) for index in range(2 * count)]
+    assert all(sorted(order) == names for order in orders)
+    firsts = [order[0] for order in orders]
+    assert {firsts.count(name) for name in names} == {2}
+
+
+def test_samples_are_interleaved():
+    machine = Machine()
+    calls = {name: machine.call(name, 1.0) for name in "abc"}
+    timing.measure(calls, budget=0, rounds=(4, 4), min_sample=1e-9, clock=machine.clock)
+    measured = machine.log[-12:]
+    expected = [name for index in range(4) for name in timing.turn(list("abc"), index)]
+    assert measured == expected
+
+
+@pytest.mark.parametrize("cost", [1e-6, 3e-4, 2e-3, 0.5])
+def test_a_sample_lasts_at_least_the_minimum_and_not_much_longer(cost):
+    machine = Machine()
+    call = machine.call("a", cost)
+    result = timing.measure(
+        {"a": call}, budget=0, min_sample=5e-3, rounds=(1, 1), clock=machine.clock
+    )
+    length = result["a"].repeats * cost
+    assert 5e-3 * 0.999 <= length <= max(2 * 5e-3, cost)
+    assert result["a"].median == pytest.approx(cost)
+
+
+def test_budget_bounds_the_rounds_between_fewest_and_most():
+    def rounds(budget):
+        machine = Machine()
+        calls = {"a": machine.call("a", 0.1), "b": machine.call("b", 0.1)}
+        timings = timing.measure(calls, budget=budget, rounds=(3, 50), clock=machine.clock)
+        return len(timings["a"].seconds)
+
+    assert [rounds(0), rounds(2.0), rounds(1e9)] == [3, 10, 50]
+
+
+def test_rounds_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="rounds: expected"):
+        timing.measure({}, budget=1, rounds=(3, 2))
+
+
+def test_quartiles_and_median_of_known_samples():
+    known = timing.Timing((5.0, 1.0, 2.0, 4.0, 3.0), repeats=1)
+    assert known.median == 3.0
+    assert known.quartiles == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(5, 0, math.inf), (6, 1, 6), (9, 2, 8)])
+def test_interval_runs_between_order_statistics_of_the_sign_test(count, low, high):
+    baseline = timing.Timing(tuple(range(1, count + 1)), 1)
+    ratio = timing.compare(baseline, timing.Timing((1.0,) * count, 1))
+    assert (ratio.low, ratio.high) == (low, high)
+
+
+def perturbed(values, size):
+    return {k: v + size * (-1.0) ** torch.arange(v.numel()).view_as(v) for k, v in values.items()}
+
+
+@pytest.fixture
+def oracle():
+    generator = torch.Generator().manual_seed(0)
+    return {"out": torch.randn(64, generator=generator, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(0.5, True), (1.99, True), (2.1, False)])
+def test_error_may_be_twice_the_references(oracle, factor, passes):
+    references = [perturbed(oracle, 1e-3), perturbed(oracle, 1e-4)]
+    check = check_errors(perturbed(oracle, factor * 1e-3), references, oracle)
+    assert check.passed is passes
+    assert check.worst == pytest.approx(factor / 2, rel=1e-6)
+
+
+def test_two_roundings_are_allowed_where_the_reference_is_exact(oracle):
+    eps = torch.finfo(torch.float64).eps
+    rms = oracle["out"].square().mean().sqrt().item()
+    assert check_errors(perturbed(oracle, 1.5 * eps * rms), [oracle], oracle).passed
+    assert not check_errors(perturbed(oracle, 8 * eps * rms), [oracle], oracle).passed
+
+
+@pytest.mark.parametrize("check", [check_errors, check_directions])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda x: x * 0, id="zeros"),
+        pytest.param(lambda x: x.clone().index_fill_(0, torch.tensor([3]), math.nan), id="nan"),
+        pytest.param(lambda x: x.roll(1), id="shifted"),
+        pytest.param(lambda x: x[:-1], id="shape"),
+        pytest.param(lambda x: None, id="missing"),
+    ],
+)
+def test_wrong_values_are_refused(oracle, check, wrong):
+    verdict = check({"out": wrong(oracle["out"])}, [perturbed(oracle, 1e-6)], oracle)
+    assert not verdict.passed
+    assert verdict.failures[0].startswith("out: ")
+
+
+def test_zero_gradient_within_the_error_budget_is_refused_by_its_direction():
+    truth = {"grad": torch.ones(4, dtype=torch.float64)}
+    zeros = {"grad": torch.zeros(4, dtype=torch.float64)}
+    inaccurate = [{"grad": 1.6 * truth["grad"]}]
+    assert check_errors(zeros, inaccurate, truth).passed
+    assert not check_directions(zeros, inaccurate, truth).passed
+
+
+STAGES = cases.stages("dsnet_tiny", batch=2, size=(32, 48))
+CASE_IDS = [f"{case.operation}-{case.use}" for case in cases.CASES]
+
+
+def test_stages_of_the_published_network():
+    shapes = [
+        (s.channels, s.local_channels, s.num_heads, s.grid, s.global_grid)
+        for s in cases.stages("dsnet_tiny", 8, (224, 224))
+    ]
+    assert shapes == [
+        (64, 32, 1, (56, 56), (7, 7)),
+        (128, 64, 2, (28, 28), (7, 7)),
+        (320, 160, 5, (14, 14), (7, 7)),
+        (512, 256, 8, (7, 7), (7, 7)),
+    ]
+
+
+def test_every_operation_with_a_kernel_has_a_case():
+    with_kernel = {op.name for op in dsnet_kernels.backends.OPERATIONS.values() if op.present}
+    assert with_kernel <= {case.operation for case in cases.CASES}
+
+
+def test_depthwise_work_by_hand():
+    local, position = (case for case in cases.CASES if case.operation == "depthwise_conv3x3")
+    stage = cases.stages("dsnet_tiny", 8, (224, 224))[0]
+    elements = 8 * 32 * 56 * 56
+    assert local.work(stage, torch.float32, False) == (21 * elements, 2 * 4 * elements)
+    assert local.work(stage, torch.bfloat16, True) == (63 * elements, 5 * 2 * elements)
+    assert position.work(stage, torch.float32, True) == (57 * 2 * elements, 5 * 4 * 2 * elements)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=CASE_IDS)
+def test_inputs_are_random_reproducible_and_channels_last(case):
+    first, again, other = (case.tensors(STAGES[0], torch.float32, seed=seed) for seed in (1, 1, 2))
+    for name, value in first.items():
+        assert value.std() > 0.05
+        assert torch.equal(value, again[name])
+        assert not torch.equal(value, other[name])
+        if value.dim() == 4 and name in case.activations:
+            assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", row.BASELINES)
+@pytest.mark.parametrize("case", cases.CASES, ids=CASE_IDS)
+def test_contenders_compute_the_same(case, name, backward, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    inputs = ops.make_inputs(case, STAGES[1], torch.float64, backward)
+    values = ops.baseline(name, case, inputs).values()
+    expected = ops.ours("reference", case, inputs).values()
+    assert list(values) == list(expected)
+    assert len(values) == (1 + len(inputs.tensors) if backward else 1)
+    for key, value in values.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_unknown_baseline_is_refused():
+    inputs = ops.make_inputs(cases.CASES[0], STAGES[0], torch.float32, False)
+    with pytest.raises(ValueError, match="baselines: expected eager_nchw"):
+        ops.baseline("tvm", cases.CASES[0], inputs)
+
+
+TRUTH = {"out": torch.linspace(1, 2, 8, dtype=torch.float64)}
+
+
+def contender(name, role, values, **kwargs):
+    return row.Contender(name, role, lambda: sum(range(100)), lambda: values, **kwargs)
+
+
+def judged_row(*contenders):
+    return row.run_row(
+        list(contenders),
+        lambda values, slack: check_errors(values, [perturbed(TRUTH, 1e-6)], TRUTH, slack),
+        budget=0,
+        kind="op",
+        subject="op",
+        use="use: f(x)",
+        work="forward",
+        stage=1,
+        shape=(1, 2, 2, 2),
+        dtype="float32",
+        flops=8,
+        bytes=64,
+    )
+
+
+def test_failed_check_yields_no_time_and_no_ratio():
+    zeros = {"out": torch.zeros(8, dtype=torch.float64)}
+    result = judged_row(
+        contender("eager_nchw", "baseline", TRUTH), contender("auto", "ours", zeros)
+    )
+    (ours,) = result.ours()
+    assert result.failed()
+    assert ours.problem.startswith("check failed: out: maximum error")
+    assert (ours.median, ours.ratio) == (None, None)
+    text = "\n".join(table.render(sample_report(result)).splitlines())
+    assert "FAILED" in text
+    assert "check failed: out" in text
+
+
+def test_contender_that_raises_is_told_and_the_others_are_measured():
+    def broken():
+        raise RuntimeError("no compiler\ndetails")
+
+    raising = dataclasses.replace(contender("compile", "baseline", TRUTH), values=broken)
+    result = judged_row(
+        raising, contender("eager_nchw", "baseline", TRUTH), contender("auto", "ours", TRUTH)
+    )
+    assert result.result("compile").problem == "RuntimeError: no compiler"
+    assert result.best == "eager_nchw"
+    assert result.ours()[0].ratio > 0
+    assert not result.failed()
+
+
+def test_less_accurate_baseline_still_counts_where_ours_would_fail():
+    coarse = perturbed(TRUTH, 1e-5)
+    as_baseline = judged_row(
+        contender("compile", "baseline", coarse), contender("auto", "ours", TRUTH)
+    )
+    assert as_baseline.best == "compile"
+    assert judged_row(contender("auto", "ours", coarse)).failed()
+
+
+def test_wrong_baseline_is_not_compared_with():
+    wrong = contender("eager_nchw", "baseline", perturbed(TRUTH, 0.1))
+    result = judged_row(wrong, contender("auto", "ours", TRUTH))
+    assert result.best is None
+    assert result.ours()[0].ratio is None
+
+
+def sample_report(*rows):
+    return report.Report(
+        machine={"cpu": "CPU", "cpu_capability": "AVX2", "cores": 2, "threads": 2},
+        versions={"torch": "2.10"},
+        commit=None,
+        date="2000-01-01T00:00:00+00:00",
+        command="dsnet bench",
+        seconds=1.5,
+        rows=rows,
+    )
+
+
+def test_report_survives_json():
+    whole = sample_report(
+        judged_row(
+            contender("eager_nchw", "baseline", TRUTH),
+            contender("auto", "ours", TRUTH, chosen={"op": "cpu"}),
+        )
+    )
+    assert report.Report.from_json(whole.to_json()) == whole
+
+
+@pytest.mark.parametrize("text", ['{"schema": "other", "version": 1}', '{"version": 99}', "[]"])
+def test_foreign_report_is_refused(text):
+    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1"):
+        report.Report.from_json(text)
+
+
+def test_environment_fills_a_report():
+    facts = report.environment("dsnet bench --batch 1")
+    whole = report.Report(**facts, seconds=0.0, rows=())
+    assert whole.command == "dsnet bench --batch 1"
+    assert whole.machine["cpu"] and whole.machine["threads"] >= 1
+    assert whole.versions["torch"] == torch.__version__
+
+
+def test_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    target = tmp_path / "result.json"
+    report.write_atomically(target, "old")
+
+    def fail(*_):
+        raise OSError("disk")
+
+    monkeypatch.setattr(report.os, "replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        report.write_atomically(target, "new")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser(prog=bench.NAME)
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet50"], "invalid choice: 'resnet50'"),
+        (["--batch", "0"], "expected an integer of at least 1, got '0'"),
+        (["--threads", "two"], "expected an integer of at least 1, got 'two'"),
+        (["--size", "31"], "of at least 32 pixels, got '31'"),
+        (["--size", "800x"], "of at least 32 pixels, got '800x'"),
+        (["--size", "64x64x3"], "of at least 32 pixels, got '64x64x3'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--backends", "mps"], "invalid choice: 'mps'"),
+        (["--baselines", "onnx"], "invalid choice: 'onnx'"),
+        (["--mode", "fast"], "invalid choice: 'fast'"),
+    ],
+)
+def test_wrong_argument_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("224", (224, 224)), ("800x1333", (800, 1333)), ("32×64", (32, 64))]
+)
+def test_image_sizes(text, size):
+    assert bench.image_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("no/file", "no such folder"), (".", "got the fold")]
+)
+def test_unwritable_result_is_refused_before_measuring(path, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=f"--json: .*{message}"):
+        bench.run(parse("--json", str(tmp_path / path)))
+
+
+def test_absent_backend_is_refused_with_its_reason(monkeypatch):
+    states = {"operations": {"op": {"cuda": "no device here"}}}
+    monkeypatch.setattr(dsnet_kernels, "available_backends", lambda: ("reference",))
+    monkeypatch.setattr(dsnet_kernels, "info", lambda: states)
+    with pytest.raises(ValueError, match="--backends: cuda cannot run here: no device here"):
+        bench.run(parse("--backends", "cuda"))
+
+
+def test_default_run_has_every_case_stage_and_pass_then_the_network():
+    titles = [task.title for task in tasks(Settings())]
+    assert len(titles) == len(set(titles)) == 8 * len(cases.CASES) + 3
+    assert titles[0] == "depthwise_conv3x3 local, stage 1, forward"
+    assert titles[-3:] == [
+        "dsnet_tiny inference, batch 1",
+        "dsnet_tiny inference, batch 8",
+        "dsnet_tiny training step, batch 8",
+    ]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """As few and as short samples as there can be."""
+    monkeypatch.setattr(ops, "BUDGET", 0.0)
+    monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
+    shortest = functools.partial(timing.measure, min_sample=1e-4, rounds=(1, 1))
+    monkeypatch.setattr(row, "measure", shortest)
+
+
+SMALL = ["--threads", "1", "--baselines", "nchw", "channels_last", "--size", "64"]
+
+
+@pytest.mark.parametrize("mode", ["ops", "inference", "training"])
+def test_run_prints_a_table_and_writes_the_same_report(mode, quick, tmp_path, capsys):
+    target = tmp_path / "result.json"
+    threads = torch.get_num_threads()
+    status = bench.run(parse(*SMALL, "--mode", mode, "--batch", "2", "--json", str(target)))
+    assert status == 0
+    assert torch.get_num_threads() == threads
+    whole = report.Report.from_json(target.read_text())
+    assert whole.machine["threads"] == 1
+    assert len(whole.rows) == (8 * len(cases.CASES) if mode == "ops" else 1)
+    for each in whole.rows:
+        assert {result.name for result in each.results} >= {"eager_nchw", "auto"}
+        assert each.ours()[0].ratio > 0
+        assert each.ours()[0].error <= 1
+    captured = capsys.readouterr()
+    assert captured.out == table.render(whole)
+    assert captured.err == ""
+    assert max(len(line) for line in captured.out.splitlines() if "×" in line) <= 120
+
+
+def test_json_to_stdout_replaces_the_table(quick, capsys):
+    assert bench.run(parse(*SMALL, "--mode", "inference", "--batch", "1", "--json", "-")) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == report.SCHEMA
+
+
+def zero_output(x, *args, **kwargs):
+    return reference.depthwise_conv3x3(x, *args, **kwargs) * 0
+
+
+def zero_gradient(x, *args, **kwargs):
+    out = reference.depthwise_conv3x3(x, *args, **kwargs)
+    return out.detach() + out * 0
+
+
+def missing_tap(x, weight, *args, **kwargs):
+    kept = torch.ones(3, 3, dtype=weight.dtype)
+    kept[0, 2] = 0
+    return reference.depthwise_conv3x3(x, weight * kept, *args, **kwargs)
+
+
+@pytest.mark.parametrize("wrong", [zero_output, zero_gradient, missing_tap])
+def test_wrong_kernel_fails_its_row(wrong, monkeypatch):
+    def kernel(*args, backend, **kwargs):
+        return wrong(*args, **kwargs)
+
+    monkeypatch.setattr(dsnet_kernels, "depthwise_conv3x3", kernel)
+    result = ops.op_row(
+        cases.CASES[0],
+        STAGES[0],
+        dtype=torch.float32,
+        backward=True,
+        backends=["auto"],
+        baselines=["eager_channels_last"],
+        budget=0.0,
+    )
+    assert result.failed()
+    assert "check failed" in result.ours()[0].problem
+    assert result.ours()[0].ratio is None
+
+
+def test_wrong_kernel_in_the_network_fails_the_run(quick, monkeypatch, capsys):
+    def kernel(*args, backend, **kwargs):
+        function = reference.depthwise_conv3x3 if backend == "reference" else zero_gradient
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(dsnet_kernels, "depthwise_conv3x3", kernel)
+    assert bench.run(parse(*SMALL, "--mode", "training", "--batch", "2")) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "check failed: grad stages.0" in printed
