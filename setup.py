@@ -6,6 +6,7 @@ errors; MAX_JOBS bounds parallel compilations; CXX names the compiler.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +55,8 @@ class CMakeBuild(build_ext):
             [
                 "cmake",
                 *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+                # Named, since a build folder may remember that of an isolated build, gone by now.
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
                 f"-DCMAKE_INSTALL_PREFIX={package}",
                 f"-DDSNET_TORCH_DIR={torch.folder}",
                 f"-DDSNET_TORCH_VERSION={torch.version}",

@@ -214,7 +214,10 @@ class DSNet(nn.Module):
         self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+        """Recompute each block in the backward instead of keeping its activations.
+
+        As with any checkpointed BatchNorm, running statistics then take two updates per step.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable
 

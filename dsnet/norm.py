@@ -39,13 +39,14 @@ def batch_norm_affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the batch, all processes' for SyncBatchNorm."""
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     if isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1:
-        count, mean, var = _synchronise(count, mean, var, norm.process_group)
+        count, mean, var = _synchronise(x, count, norm.process_group)
     elif norm.training and count <= 1:
         raise ValueError(
             f"x: expected more than one value per channel when training, got shape {tuple(x.shape)}"
         )
+    else:
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     if norm.training and norm.track_running_stats:
         _update_running(norm, mean.detach(), var.detach(), count)
     return mean, var
@@ -57,15 +58,16 @@ def _world_size(norm: nn.SyncBatchNorm) -> int:
     return distributed.get_world_size(norm.process_group or distributed.group.WORLD)
 
 
-def _synchronise(count, mean, var, group):
-    """Combines per-process statistics: means first, then variances about the common mean."""
+def _synchronise(x: Tensor, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance over all processes, any of which may hold no image."""
     from torch.distributed.nn.functional import all_reduce
 
     group = group or distributed.group.WORLD
-    sums = all_reduce(torch.cat([mean * count, mean.new_full((1,), count)]), group=group)
-    total, common = sums[-1], sums[:-1] / sums[-1]
-    spread = all_reduce((var + (mean - common) ** 2) * count, group=group)
-    return total, common, spread / total
+    dims = (0, 2, 3)
+    sums = all_reduce(torch.cat([x.sum(dims), x.new_full((1,), count)]), group=group)
+    total, mean = sums[-1], sums[:-1] / sums[-1]
+    spread = all_reduce((x - mean.view(-1, 1, 1)).square().sum(dims), group=group)
+    return total, mean, spread / total
 
 
 def _update_running(norm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:

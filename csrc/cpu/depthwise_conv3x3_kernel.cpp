@@ -2,6 +2,9 @@
 #include "depthwise_conv3x3.h"
 #include "vec.h"
 
+// Where a call would force registers into memory.
+#define DSNET_INLINE __attribute__((always_inline))
+
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
 
@@ -52,12 +55,12 @@ struct Lanes {
 //   start(i, column)     initial sum of output row i; column 0 first, 1 inner, 2 last
 //   finish(i, j, sum)    receives output (i, j)
 template <int R, typename V, typename T, typename L, typename Start, typename Finish>
-inline __attribute__((always_inline)) void sweep(const Row<T> (&rows)[R + 2], int64_t width,
+DSNET_INLINE inline void sweep(const Row<T> (&rows)[R + 2], int64_t channel, int64_t width,
     const L& lanes, const V (&taps)[9], const Start& start, const Finish& finish) {
   V before[R], here[R], after[R];
-  auto step = [&](int64_t j, auto is_first, auto is_last, int next_column) {
+  auto step = [&](int64_t j, auto is_first, auto is_last, int next_column) DSNET_INLINE {
     V in[R + 2];
-    for (int i = 0; i < R + 2; ++i) in[i] = lanes.load(rows[i].data + j * rows[i].stride);
+    for (int i = 0; i < R + 2; ++i) in[i] = lanes.load(rows[i].data + j * rows[i].stride + channel);
     for (int i = 0; i < R; ++i) {
       if constexpr (!is_last.value) after[i] = start(i, next_column);
       for (int u = 0; u < 3; ++u) {
@@ -77,8 +80,7 @@ inline __attribute__((always_inline)) void sweep(const Row<T> (&rows)[R + 2], in
     return;
   }
   step(0, Yes{}, No{}, width == 2 ? 2 : 1);
-  for (int64_t j = 1; j < width - 2; ++j) step(j, No{}, No{}, 1);
-  if (width > 2) step(width - 2, No{}, No{}, 2);
+  for (int64_t j = 1; j < width - 1; ++j) step(j, No{}, No{}, j == width - 2 ? 2 : 1);
   step(width - 1, No{}, Yes{}, 2);
 }
 
@@ -97,30 +99,29 @@ struct Place {
   }
 };
 
+// From the place's first channel on.
 template <typename T>
-Row<T> row_of(const Pixels& pixels, const DepthwiseShape& shape, int64_t image, int64_t row,
-    int64_t channel) {
-  alignas(64) static const T zeros[16] = {};
+Row<T> row_of(const Pixels& pixels, const DepthwiseShape& shape, const Place& place, int64_t row) {
+  alignas(64) static const T zeros[DepthwiseTasks::channels_per_block] = {};
   if (row < 0 || row >= shape.height) return {zeros, 0};
-  const T* data = static_cast<const T*>(pixels.data);
-  return {
-      data + image * pixels.stride_batch + row * pixels.stride_row + channel, pixels.stride_column};
+  const T* data = static_cast<const T*>(pixels.data) + place.image * pixels.stride_batch;
+  return {data + row * pixels.stride_row + place.channel_begin, pixels.stride_column};
 }
 
-// Calls body(rows as a constant, first row, lanes, first channel) over a task: R rows at a time,
-// what is left by halves; rows outermost, so that memory is read in order.
-template <int R, typename V, typename Body>
-inline void for_each_sweep(const Place& place, int64_t row, const Body& body) {
-  for (; row + R <= place.row_end; row += R) {
-    int64_t c = place.channel_begin;
-    for (; c + V::size <= place.channel_end; c += V::size) {
-      body(Constant<R>{}, row, Lanes<V, false>{V::size}, c);
-    }
-    if (c < place.channel_end) {
-      body(Constant<R>{}, row, Lanes<V, true>{place.channel_end - c}, c);
-    }
-  }
-  if constexpr (R > 1) for_each_sweep<R / 2, V>(place, row, body);
+// Calls body(rows as a constant, first row) down a task: R rows at a time, what is left by halves.
+template <int R, typename Body>
+inline void for_each_rows(const Place& place, int64_t row, const Body& body) {
+  for (; row + R <= place.row_end; row += R) body(Constant<R>{}, row);
+  if constexpr (R > 1) for_each_rows<R / 2>(place, row, body);
+}
+
+// Calls body(lanes, channel counted from the place's first) across a task.
+template <typename V, typename Body>
+DSNET_INLINE inline void for_each_register(const Place& place, const Body& body) {
+  const int64_t channels = place.channel_end - place.channel_begin;
+  int64_t c = 0;
+  for (; c + V::size <= channels; c += V::size) body(Lanes<V, false>{V::size}, c);
+  if (c < channels) body(Lanes<V, true>{channels - c}, c);
 }
 
 template <typename T>
@@ -129,33 +130,35 @@ void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
   using Acc = typename V::Acc;
   const DepthwiseShape& shape = args.shape;
   const DepthwiseTasks tasks(shape);
-  const Acc* coefficients = static_cast<const Acc*>(args.coefficients);
   const int64_t C = shape.channels;
 
   for (int64_t task = begin; task < end; ++task) {
     const Place place(task, shape, tasks);
-    auto body = [&](auto row_count, int64_t row, const auto& lanes, int64_t c) {
+    const Acc* coefficients = static_cast<const Acc*>(args.coefficients) + place.channel_begin;
+    auto sweep_rows = [&](auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       Row<T> rows[R + 2];
-      for (int i = 0; i < R + 2; ++i)
-        rows[i] = row_of<T>(args.x, shape, place.image, row + i - 1, c);
-      V taps[9];
-      for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + k * C + c);
       const Acc* constants[R];
+      for (int i = 0; i < R + 2; ++i) rows[i] = row_of<T>(args.x, shape, place, row + i - 1);
       for (int i = 0; i < R; ++i) {
-        const int64_t r = row + i;
-        const int64_t row_case = r == 0 ? 0 : r == shape.height - 1 ? 2 : 1;
-        constants[i] = coefficients + (9 + 3 * row_case) * C + c;
+        const int64_t row_case = row + i == 0 ? 0 : row + i == shape.height - 1 ? 2 : 1;
+        constants[i] = coefficients + (9 + 3 * row_case) * C;
       }
-      T* out = static_cast<T*>(args.out) + (place.image * shape.height + row) * shape.width * C + c;
-      sweep<R>(
-          rows, shape.width, lanes, taps,
-          [&](int i, int column) { return lanes.load(constants[i] + column * C); },
-          [&](int i, int64_t j, const V& sum) {
-            lanes.store(sum, out + (i * shape.width + j) * C);
-          });
+      T* out = static_cast<T*>(args.out) + place.channel_begin +
+               (place.image * shape.height + row) * shape.width * C;
+
+      for_each_register<V>(place, [&](const auto& lanes, int64_t c) {
+        V taps[9];
+        for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + k * C + c);
+        sweep<R>(
+            rows, c, shape.width, lanes, taps,
+            [&](int i, int column)
+                DSNET_INLINE { return lanes.load(constants[i] + column * C + c); },
+            [&](int i, int64_t j, const V& sum)
+                DSNET_INLINE { lanes.store(sum, out + (i * shape.width + j) * C + c); });
+      });
     };
-    for_each_sweep<forward_rows<V>, V>(place, place.row_begin, body);
+    for_each_rows<forward_rows<V>>(place, place.row_begin, sweep_rows);
   }
 }
 
@@ -167,77 +170,77 @@ template <typename T>
 void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
+  constexpr int gradient_rows = DepthwiseBackward::gradient_rows;
   const DepthwiseShape& shape = args.shape;
   const DepthwiseTasks tasks(shape);
-  const Acc* coefficients = static_cast<const Acc*>(args.coefficients);
   const int64_t C = shape.channels;
 
   for (int64_t task = begin; task < end; ++task) {
     const Place place(task, shape, tasks);
+    const Acc* coefficients = static_cast<const Acc*>(args.coefficients) + place.channel_begin;
     Acc* sums =
-        static_cast<Acc*>(args.partials) + place.slot * DepthwiseBackward::gradient_rows * C;
-    for (int k = 0; k < DepthwiseBackward::gradient_rows; ++k) {
-      for (int64_t c = place.channel_begin; c < place.channel_end; ++c) sums[k * C + c] = 0;
+        static_cast<Acc*>(args.partials) + place.slot * gradient_rows * C + place.channel_begin;
+    for (int k = 0; k < gradient_rows; ++k) {
+      for (int64_t c = 0; c < place.channel_end - place.channel_begin; ++c) sums[k * C + c] = 0;
     }
-    auto body = [&](auto row_count, int64_t row, const auto& lanes, int64_t c) {
+    auto sweep_rows = [&](auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       Row<T> grads[R + 2], inputs[R];
-      for (int i = 0; i < R + 2; ++i) {
-        grads[i] = row_of<T>(args.grad, shape, place.image, row + i - 1, c);
-      }
-      for (int i = 0; i < R; ++i) inputs[i] = row_of<T>(args.x, shape, place.image, row + i, c);
-      V taps[9];
-      for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + (8 - k) * C + c);
-      const V scale = lanes.load(coefficients + 9 * C + c);
-      const V shift = lanes.load(coefficients + 10 * C + c);
-      T* grad_x =
-          static_cast<T*>(args.grad_x) + (place.image * shape.height + row) * shape.width * C + c;
+      for (int i = 0; i < R + 2; ++i) grads[i] = row_of<T>(args.grad, shape, place, row + i - 1);
+      for (int i = 0; i < R; ++i) inputs[i] = row_of<T>(args.x, shape, place, row + i);
+      T* grad_x = static_cast<T*>(args.grad_x) + place.channel_begin +
+                  (place.image * shape.height + row) * shape.width * C;
 
-      V sum_grad = V::zero(), sum_scale = V::zero(), sum_shift = V::zero();
-      sweep<R>(
-          grads, shape.width, lanes, taps, [](int, int) { return V::zero(); },
-          [&](int i, int64_t j, const V& grad_z) {
-            const V g = lanes.load(grads[i + 1].data + j * grads[i + 1].stride);
-            const V x = lanes.load(inputs[i].data + j * inputs[i].stride);
-            const V direct = args.residual ? g : V::zero();
-            lanes.store(fma(scale, grad_z, direct), grad_x + (i * shape.width + j) * C);
-            sum_grad = sum_grad + g;
-            sum_scale = fma(grad_z, x, sum_scale);
-            sum_shift = sum_shift + grad_z;
-          });
-      auto add = [&](int k, const V& value) {
-        Acc* p = sums + k * C + c;
-        lanes.store(lanes.load(p) + value, p);
-      };
-      add(9, sum_grad);
-      add(10, sum_scale);
-      add(11, sum_shift);
-
-      // z of the columns left of, at and right of the gradient's own.
-      V sum_taps[9];
-      for (int k = 0; k < 9; ++k) sum_taps[k] = V::zero();
-      for (int i = 0; i < R; ++i) {
-        auto z_at = [&](int64_t j) {
-          return fma(scale, lanes.load(inputs[i].data + j * inputs[i].stride), shift);
+      for_each_register<V>(place, [&](const auto& lanes, int64_t c) {
+        const V scale = lanes.load(coefficients + 9 * C + c);
+        const V shift = lanes.load(coefficients + 10 * C + c);
+        auto at = [&](const Row<T>& source, int64_t j)
+                      DSNET_INLINE { return lanes.load(source.data + j * source.stride + c); };
+        auto add = [&](int k, const V& value) DSNET_INLINE {
+          Acc* p = sums + k * C + c;
+          lanes.store(lanes.load(p) + value, p);
         };
-        V left = V::zero(), here = z_at(0);
-        for (int64_t j = 0; j < shape.width; ++j) {
-          const V right = j + 1 < shape.width ? z_at(j + 1) : V::zero();
-          for (int u = 0; u < 3; ++u) {
-            // Tap row u pairs z of this row with the gradient one row below for u = 0.
-            const Row<T>& grad = grads[i + 2 - u];
-            const V g = lanes.load(grad.data + j * grad.stride);
-            sum_taps[3 * u] = fma(left, g, sum_taps[3 * u]);
-            sum_taps[3 * u + 1] = fma(here, g, sum_taps[3 * u + 1]);
-            sum_taps[3 * u + 2] = fma(right, g, sum_taps[3 * u + 2]);
-          }
-          left = here;
-          here = right;
+
+        V taps[9];
+        for (int k = 0; k < 9; ++k) taps[k] = lanes.load(coefficients + (8 - k) * C + c);
+        V sum_grad = V::zero(), sum_scale = V::zero(), sum_shift = V::zero();
+        sweep<R>(
+            grads, c, shape.width, lanes, taps, [](int, int) DSNET_INLINE { return V::zero(); },
+            [&](int i, int64_t j, const V& grad_z) DSNET_INLINE {
+              const V g = at(grads[i + 1], j);
+              const V direct = args.residual ? g : V::zero();
+              lanes.store(fma(scale, grad_z, direct), grad_x + (i * shape.width + j) * C + c);
+              sum_grad = sum_grad + g;
+              sum_scale = fma(grad_z, at(inputs[i], j), sum_scale);
+              sum_shift = sum_shift + grad_z;
+            });
+        add(9, sum_grad);
+        add(10, sum_scale);
+        add(11, sum_shift);
+
+        // Tap row u pairs z of a row with the gradient one row below for u = 0.
+        V sum_taps[9];
+        for (int k = 0; k < 9; ++k) sum_taps[k] = V::zero();
+        for (int i = 0; i < R; ++i) {
+          auto z_at = [&](int64_t j) DSNET_INLINE { return fma(scale, at(inputs[i], j), shift); };
+          V left = V::zero(), here = z_at(0);
+          auto pair_column = [&](int64_t j, const V& right) DSNET_INLINE {
+            for (int u = 0; u < 3; ++u) {
+              const V g = at(grads[i + 2 - u], j);
+              sum_taps[3 * u] = fma(left, g, sum_taps[3 * u]);
+              sum_taps[3 * u + 1] = fma(here, g, sum_taps[3 * u + 1]);
+              sum_taps[3 * u + 2] = fma(right, g, sum_taps[3 * u + 2]);
+            }
+            left = here;
+            here = right;
+          };
+          for (int64_t j = 0; j < shape.width - 1; ++j) pair_column(j, z_at(j + 1));
+          pair_column(shape.width - 1, V::zero());
         }
-      }
-      for (int k = 0; k < 9; ++k) add(k, sum_taps[k]);
+        for (int k = 0; k < 9; ++k) add(k, sum_taps[k]);
+      });
     };
-    for_each_sweep<backward_rows<V>, V>(place, place.row_begin, body);
+    for_each_rows<backward_rows<V>>(place, place.row_begin, sweep_rows);
   }
 }
 

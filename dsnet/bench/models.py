@@ -16,8 +16,8 @@ from .ops import explain
 from .report import Row
 from .row import Contender, run_row
 
-BUDGET = {"inference": 3.0, "training": 5.0}
-"""Seconds of timing per row."""
+BUDGET = {"inference": 4.5, "training": 17.0}
+"""Seconds of timing per row: six rounds at batch 8 on two cores."""
 
 EAGER = ("eager_nchw", "eager_channels_last")
 
@@ -144,8 +144,9 @@ def _contender(
     def infer() -> Tensor:
         return function(images.contiguous(memory_format=layout))
 
-    # Kept, as a reference's are used twice.
-    values = cache(partial(_values, function, model, images, labels))
+    # Kept, as a reference's are used twice; in the layout of the timed calls, for the compiler.
+    converted = images.contiguous(memory_format=layout)
+    values = cache(partial(_values, function, model, converted, labels))
     if not model.training:
         return Contender(name, role, infer, values, name == "compile", chosen)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)

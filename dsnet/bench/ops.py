@@ -15,7 +15,7 @@ from .check import Check, both, check_directions, check_errors
 from .report import Row
 from .row import BASELINES, Contender, run_row
 
-BUDGET = 0.7
+BUDGET = 0.5
 """Seconds of timing per row."""
 
 Function = Callable[..., Tensor]

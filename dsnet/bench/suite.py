@@ -11,8 +11,6 @@ from .models import model_row
 from .ops import op_row
 from .report import Row
 
-MODES = ("all", "ops", "inference", "training")
-
 OP_BATCHES = (8,)
 INFERENCE_BATCHES = (1, 8)
 TRAINING_BATCHES = (8,)
@@ -29,7 +27,7 @@ class Settings:
         backends: ours.
         batches: images per call.
         baselines: to compare with.
-        mode: one of :data:`MODES`.
+        mode: ``"ops"``, ``"inference"``, ``"training"`` or ``"all"``.
         budget: seconds of timing per row.
     """
 

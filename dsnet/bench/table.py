@@ -38,7 +38,7 @@ def _heading(report: Report) -> Iterable[str]:
     machine, versions = report.machine, report.versions
     yield (
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores,"
-        f" {machine['threads']} threads"
+        f" threads: {machine['threads']}"
     )
     known = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield f"{known}, commit {report.commit or 'unknown'}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 MIN_SAMPLE = 5e-3
 """Seconds a sample lasts at least: far above the clock's step and a scheduler's hiccup."""
 
-MIN_ROUNDS = 6
-"""The fewest rounds whose 95 % interval of a median exists."""
+MIN_ROUNDS = 3
+"""However short the budget. A 95 % interval of a median takes six."""
 
 MAX_ROUNDS = 200
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from dsnet_kernels.backends import PREFERENCE
+
 from ..variants import list_models
 from . import at_least
 
@@ -15,7 +17,6 @@ HELP = "time the fused operations and the networks against the reference"
 
 MODES = ("all", "ops", "inference", "training")
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 BASELINES = {
     "nchw": "eager_nchw",
     "channels_last": "eager_channels_last",
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     parser.add_argument(
         "--backends",
-        choices=BACKENDS,
+        choices=("auto", *PREFERENCE),
         nargs="+",
         default=["auto"],
         help="ours (default auto); in a network, operations without a kernel of a named backend"

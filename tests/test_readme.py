@@ -1,0 +1,203 @@
+"""README and CONTRIBUTING say what the code does, and the picture is what its script draws."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from public_layout import public_state_dict
+
+import dsnet
+import dsnet_kernels
+from dsnet import cli
+from dsnet.macs import count_macs
+from dsnet.variants import PUBLIC_REDUCTION, VARIANTS
+from dsnet_kernels.backends import OPERATIONS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+# Without the results, which are filled in from a record.
+README = re.sub(r"(?s)(?<=results:begin -->\n).*(?=<!-- results:end)", "", DOCUMENTS["README.md"])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The code blocks in one language."""
+    return [body for found, body in FENCE.findall(text) if found == language]
+
+
+def spans(text: str) -> list[str]:
+    """Code within lines, such as `dsnet/block.py`."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def table(first: str) -> list[list[str]]:
+    """The rows of the README's table whose first column has this heading, without backquotes."""
+    body = re.search(rf"^\| {first} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)[1]
+    return [
+        [cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in body.splitlines()
+    ]
+
+
+def paths(text: str) -> set[str]:
+    """Files and folders that a document names, in code or as a link or picture."""
+    words = {word for span in spans(text) for word in span.split()}
+    named = {w for w in words if "/" in w or w.endswith((".py", ".md", ".txt", ".h"))}
+    links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    return named | {link for link in links if "://" not in link}
+
+
+def commands() -> list[str]:
+    """Every ``dsnet`` command line that a document shows."""
+    lines = [
+        line
+        for text in DOCUMENTS.values()
+        for block in (*fenced(text, "sh"), *spans(text))
+        for line in re.split(r"\n|&&", block)
+    ]
+    return sorted({line.strip() for line in lines if line.strip().startswith("dsnet ")})
+
+
+@pytest.fixture(scope="module")
+def figure():
+    """docs/block_figure.py as a module."""
+    spec = importlib.util.spec_from_file_location("block_figure", ROOT / "docs/block_figure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_picture_is_what_its_script_draws(figure):
+    assert figure.TARGET == ROOT / "docs/block.svg"
+    assert figure.TARGET.read_text("utf-8") == figure.draw()
+
+
+def test_picture_is_described_and_shows_every_operation(figure):
+    root = ElementTree.fromstring(figure.draw())
+    assert root.get("aria-labelledby") == "title description"
+    assert root.find(f"{SVG}title").text == figure.TITLE
+    assert root.find(f"{SVG}desc").text == figure.DESCRIPTION
+    lines = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+    assert {name: lines.count(name) for name in OPERATIONS} == {
+        name: 2 if name == "depthwise_conv3x3" else 1 for name in OPERATIONS
+    }
+
+
+def test_picture_marks_the_native_kernels_that_there_are(figure):
+    native = {name for name, operation in OPERATIONS.items() if operation.present}
+    assert native == figure.NATIVE
+    assert set(OPERATIONS) - native == figure.REFERENCE
+
+
+def test_picture_shows_the_shapes_of_the_first_stage(figure):
+    model = dsnet.create_model("dsnet_tiny", device="meta").eval()
+    stage = model.stages[0]
+    x = stage.embed(torch.empty(1, 3, 224, 224, device="meta"))
+    out, local, global_ = stage.blocks[0].forward_streams(x)
+    assert x.shape == out.shape == (1, figure.CHANNELS, figure.GRID, figure.GRID)
+    assert local.shape == (1, figure.HALF, figure.GRID, figure.GRID)
+    assert global_.shape == (1, figure.HALF, figure.COARSE, figure.COARSE)
+    assert stage.blocks[0].mlp.fc1.out_features == figure.MLP_RATIO * figure.CHANNELS
+
+
+def test_operations_and_their_native_kernels():
+    shown = {name: kernel for name, _, kernel in table("operation")}
+    assert shown == {
+        name: ", ".join(operation.present) or "none yet" for name, operation in OPERATIONS.items()
+    }
+
+
+@pytest.mark.parametrize("row", table("model"), ids=lambda row: row[0])
+def test_models_with_parameters_and_arithmetic(row):
+    name, blocks, parameters, giga_macs = row
+    model = dsnet.create_model(name, device="meta").eval()
+    assert blocks == ", ".join(map(str, model.variant.depths))
+    assert parameters == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert giga_macs == f"{count_macs(model) / 1e9:.3f}"
+
+
+def test_models_are_all_listed():
+    assert [row[0] for row in table("model")] == list(VARIANTS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_paths_exist(document):
+    named = paths(DOCUMENTS[document])
+    assert len(named) > 8
+    absent = [
+        path for path in named if not (ROOT / path.replace("<op>", "depthwise_conv3x3")).exists()
+    ]
+    assert absent == []
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_line_is_accepted(line):
+    args = cli._parser().parse_args(shlex.split(line, comments=True)[1:])
+    assert args.prog == " ".join(line.split()[:2])
+
+
+def test_every_command_is_shown():
+    shown = {line.split()[1] for line in commands()}
+    assert shown == {command.NAME for command in cli.commands.load()}
+
+
+def test_public_names_exist():
+    named = set(re.findall(r"\b(dsnet|dsnet_kernels)\.([a-zA-Z]\w*)", " ".join(spans(README))))
+    assert ("dsnet_kernels", "BackendUnavailable") in named
+    for package, name in named:
+        public = importlib.import_module(package).__all__
+        assert name in public or importlib.util.find_spec(f"{package}.{name}"), (package, name)
+
+
+def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": public_state_dict()}, "dsnet_tiny.pth")
+    networks, checkpoints, operations = fenced(README, "python")
+    (shown,) = fenced(README, "text")
+    names = {}
+    with dsnet_kernels.backend("auto"), torch.random.fork_rng():
+        exec(networks, names)
+        assert names["logits"].shape == (2, 10)
+        assert [tuple(m.shape[1:]) for m in names["maps"]] == [
+            (128, 20, 32),
+            (320, 10, 16),
+            (512, 5, 8),
+        ]
+        exec(checkpoints, names)
+        assert names["model"].global_reduction == PUBLIC_REDUCTION
+        assert dsnet.load_checkpoint("dsnet_tiny", "dsnet_tiny.safetensors").num_classes == 1000
+        exec(operations, names)
+        assert names["y"].shape == names["x"].shape
+        assert dsnet_kernels.current_backend() == ("auto",)
+    printed = capsys.readouterr().out
+    if "cpu" in dsnet_kernels.available_backends("depthwise_conv3x3"):
+        assert printed == shown
+    else:
+        assert printed.startswith("depthwise_conv3x3: reference (requested: auto)\n  not cpu: ")
+
+
+def test_environment_variables_are_those_that_are_read():
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    sources += [*(ROOT / "dsnet").rglob("*.py"), *(ROOT / "dsnet_kernels").rglob("*.py")]
+    reading = re.compile(r'(?:environ\.get\(|environ\[|getenv\(|\bflag\()\s*["\'](\w+)["\']')
+    read = {name for path in sources for name in reading.findall(path.read_text("utf-8"))}
+    # CMake reads CXX.
+    assert {row[0] for row in table("variable")} == read | {"CXX"}
+
+
+def test_set_up_is_two_commands():
+    assert fenced(README, "sh")[0].splitlines() == [
+        "pip install . && dsnet bench",
+        "pip install '.[test]' && pytest",
+    ]
+
+
+def test_results_have_their_place():
+    place = "\n## Results\n\n<!-- results:begin -->\n<!-- results:end -->\n\n## "
+    assert README.count(place) == 1
+    assert README.count("<!-- results:") == 2
