@@ -99,24 +99,44 @@ cpu::DepthwiseShape check_depthwise(const Tensor& x, const Tensor& weight,
   return shape;
 }
 
-// Layout of the rows: see DepthwiseForward.
+// Coefficients in the kernels' layout, rows(k, c) set one by one.
+template <typename Args, typename Acc>
+class Coefficients {
+ public:
+  explicit Coefficients(int64_t channels)
+      : values_(
+            static_cast<size_t>((channels + lanes - 1) / lanes * lanes * Args::coefficient_rows)) {}
+
+  Acc& operator()(int64_t k, int64_t c) {
+    return values_[static_cast<size_t>(c / lanes * Args::coefficient_rows + k)].lane[c % lanes];
+  }
+  const Acc* data() const { return values_.data()->lane; }
+
+ private:
+  static constexpr int64_t lanes = cpu::coefficient_lanes;
+  struct alignas(64) Row {
+    Acc lane[lanes];
+  };
+  std::vector<Row> values_;
+};
+
 template <typename Acc>
-std::vector<Acc> forward_coefficients(const cpu::DepthwiseShape& shape, const Tensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    bool residual) {
+Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::DepthwiseShape& shape,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, bool residual) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto b = values_of<Acc>("bias", bias, C, 0);
   const auto s = values_of<Acc>("scale", scale, C, 1);
   const auto t = values_of<Acc>("shift", shift, C, 0);
-  std::vector<Acc> rows(static_cast<size_t>(cpu::DepthwiseForward::coefficient_rows * C));
+  Coefficients<cpu::DepthwiseForward, Acc> rows(C);
   for (int64_t c = 0; c < C; ++c) {
     Acc tap[3][3];
     for (int u = 0; u < 3; ++u) {
       for (int v = 0; v < 3; ++v) {
         const bool outside = (u != 1 && shape.height == 1) || (v != 1 && shape.width == 1);
         tap[u][v] = outside ? Acc{0} : w[9 * c + 3 * u + v];
-        rows[(3 * u + v) * C + c] = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
+        rows(3 * u + v, c) = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
       }
     }
     for (int row_case = 0; row_case < 3; ++row_case) {
@@ -125,26 +145,25 @@ std::vector<Acc> forward_coefficients(const cpu::DepthwiseShape& shape, const Te
         for (int u = row_case == 0; u < 3 - (row_case == 2); ++u) {
           for (int v = column_case == 0; v < 3 - (column_case == 2); ++v) sum += tap[u][v];
         }
-        rows[(9 + 3 * row_case + column_case) * C + c] = b[c] + t[c] * sum;
+        rows(9 + 3 * row_case + column_case, c) = b[c] + t[c] * sum;
       }
     }
   }
   return rows;
 }
 
-// Layout of the rows: see DepthwiseBackward.
 template <typename Acc>
-std::vector<Acc> backward_coefficients(const cpu::DepthwiseShape& shape, const Tensor& weight,
-    const OptionalTensor& scale, const OptionalTensor& shift) {
+Coefficients<cpu::DepthwiseBackward, Acc> backward_coefficients(const cpu::DepthwiseShape& shape,
+    const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto s = values_of<Acc>("scale", scale, C, 1);
   const auto t = values_of<Acc>("shift", shift, C, 0);
-  std::vector<Acc> rows(static_cast<size_t>(cpu::DepthwiseBackward::coefficient_rows * C));
+  Coefficients<cpu::DepthwiseBackward, Acc> rows(C);
   for (int64_t c = 0; c < C; ++c) {
-    for (int k = 0; k < 9; ++k) rows[k * C + c] = w[9 * c + k];
-    rows[9 * C + c] = s[c];
-    rows[10 * C + c] = t[c];
+    for (int k = 0; k < 9; ++k) rows(k, c) = w[9 * c + k];
+    rows(9, c) = s[c];
+    rows(10, c) = t[c];
   }
   return rows;
 }

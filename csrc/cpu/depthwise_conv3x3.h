@@ -36,7 +36,11 @@ struct DepthwiseTasks {
   explicit DepthwiseTasks(const DepthwiseShape& shape);
 };
 
-// Coefficients are rows of C accumulators (double for float64, else float):
+// Coefficients are accumulators (double for float64, else float), for each 16 channels the rows
+// below one after another, the last channels padded; so all of a register's are at fixed offsets.
+constexpr int64_t coefficient_lanes = 16;
+
+// Rows:
 //   forward   9 taps w·scale (centre + 1 with the residual), then 3 × 3 constants
 //             bias + shift·Σ w over the taps inside the image, for the first / an inner / the last
 //             row × column. A dimension of size 1 has its outer taps zeroed.

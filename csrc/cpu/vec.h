@@ -48,7 +48,6 @@ inline bfloat16 to_bfloat16(float value) {
 struct VecF32 {
   using Acc = float;
   static constexpr int size = 16;
-  static constexpr int registers = 32;
   __m512 v;
 
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -62,6 +61,8 @@ struct VecF32 {
   static VecF32 load(const bfloat16* p, int64_t n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p));
   }
+  // The value, in a register from here on.
+  void keep() { asm("" : "+v"(v)); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
@@ -90,7 +91,6 @@ inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm512_add_ps(a.v, b.v)}; 
 struct VecF32 {
   using Acc = float;
   static constexpr int size = 8;
-  static constexpr int registers = 16;
   __m256 v;
 
   static __m256i first(int64_t n) {
@@ -109,6 +109,7 @@ struct VecF32 {
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
   }
+  void keep() { asm("" : "+x"(v)); }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
@@ -145,7 +146,6 @@ template <typename A>
 struct VecGeneric {
   using Acc = A;
   static constexpr int size = 8;
-  static constexpr int registers = 16;
   A v[size];
 
   static VecGeneric zero() { return VecGeneric{}; }
@@ -155,6 +155,7 @@ struct VecGeneric {
     for (int64_t i = 0; i < n; ++i) result.v[i] = get(p[i]);
     return result;
   }
+  void keep() {}
   template <typename T>
   void store(T* p, int64_t n = size) const {
     for (int64_t i = 0; i < n; ++i) put(p + i, v[i]);
