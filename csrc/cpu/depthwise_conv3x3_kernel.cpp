@@ -13,8 +13,9 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Output rows computed together, each tap loaded once for all of them.
-constexpr int rows_together = 4;
+// Output rows computed together, each tap loaded once for all of them, as many as registers hold.
+constexpr int forward_rows = 4;
+constexpr int backward_rows = 2;
 
 // Loads and stores of a whole register, or of the channels left at the end.
 template <typename V, bool Tail>
@@ -126,7 +127,7 @@ void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
     const Place place(task, shape, tasks);
     const Acc* coefficients = static_cast<const Acc*>(args.coefficients) +
                               coefficient_offset(place.channel_begin, coefficient_rows);
-    for_each_rows<rows_together>(place, place.row_begin, [&](auto row_count, int64_t row) {
+    for_each_rows<forward_rows>(place, place.row_begin, [&](auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       const int64_t out_stride = shape.width * C;
       const Rows<R, T> rows(args.x, shape, place, row);
@@ -180,7 +181,7 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
     const Acc* coefficients = static_cast<const Acc*>(args.coefficients) +
                               coefficient_offset(place.channel_begin, coefficient_rows);
     alignas(64) Acc all_sums[DepthwiseTasks::channels_per_block * gradient_rows] = {};
-    for_each_rows<rows_together>(place, place.row_begin, [&](auto row_count, int64_t row) {
+    for_each_rows<backward_rows>(place, place.row_begin, [&](auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       const int64_t out_stride = shape.width * C;
       const Rows<R, T> grads(args.grad, shape, place, row);
