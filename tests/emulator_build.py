@@ -21,7 +21,7 @@ import pybind11
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "emulator"
 EMULATOR = ["block.cpp", "fiber.cpp", "memory.cpp"]
-WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 

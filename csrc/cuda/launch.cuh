@@ -30,8 +30,12 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
         static_cast<int>(grid.dynamic_shared_bytes));
   }
   if (status == cudaSuccess) {
-    kernel<<<grid.blocks, grid.threads, grid.dynamic_shared_bytes, stream> > >(arguments...);
-    status = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.dynamic_shared_bytes;
+    config.stream = stream;
+    status = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string("kernel ") + name + ": " + cudaGetErrorString(status));

@@ -55,7 +55,7 @@ struct Word<16> {
 };
 
 template <typename V>
-DSNET_DEVICE V from_word(const typename Word<sizeof(V)>::type& word) {
+DSNET_DEVICE V from_word(typename Word<sizeof(V)>::type word) {
   V value;
   memcpy(&value, &word, sizeof(V));
   return value;

@@ -21,7 +21,7 @@
 
 using dim3 = dsnet::emulator::Index;
 // A launch ends before it returns, on every stream.
-using cudaStream_t = void*;
+using cudaStream_t = struct CUstream_st*;
 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   dsnet::emulator::current_block().barrier(where.file_name(), where.line());
@@ -54,6 +54,14 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
 struct __half {
   uint16_t bits;
 };
@@ -81,4 +89,12 @@ inline __half __float2half_rn(float value) {
   }
   const uint32_t rounded = rest + 0xfffu + (rest >> 13 & 1u);
   return {static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)))};
+}
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
 }
