@@ -1,11 +1,11 @@
 """The CUDA kernels of ``depthwise_conv3x3``, run in the emulator."""
 
+import emulator_build
 import numpy as np
 import pytest
 import torch
-from dsnet_kernels.reference import depthwise_conv3x3 as reference
 
-import emulator_build
+from dsnet_kernels.reference import depthwise_conv3x3 as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACK = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
@@ -302,3 +302,58 @@ def test_an_empty_batch_has_zero_parameter_gradients(emulator, dtype):
     grad_x, rows = backward(emulator, grad, x, **arguments)
     assert grad_x.shape == x.shape
     assert torch.equal(rows, torch.zeros(12, 8))
+
+
+def launches(emulator, shape, storage, address=0):
+    """Configurations of forward and backward for contiguous activations at an address."""
+    _, channels, height, width = shape
+    strides = (height * width * channels, width * channels, channels)
+    pixels = emulator.Pixels(address, *strides)
+    absent = emulator.Parameter(0, True)
+    size = emulator.Shape(*shape)
+    yield emulator.launch(emulator.Forward(size, pixels, *[absent] * 4, False, address), storage)
+    yield emulator.launch(
+        emulator.Backward(size, pixels, pixels, *[absent] * 3, False, address, 0, 0), storage
+    )
+
+
+@pytest.mark.parametrize(
+    "channels, address, packs",
+    [(64, 0, (8, 4)), (64, 8, (1, 4)), (64, 2, (1, 1)), (12, 0, (1, 4)), (17, 0, (1, 1))],
+)
+def test_packs_are_as_wide_as_channels_and_alignment_allow(emulator, channels, address, packs):
+    found = launches(emulator, (1, channels, 5, 5), emulator.Storage.bfloat16, address)
+    assert tuple(launch.pack for launch in found) == packs
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (0, 64, 7, 7),
+        (256, 64, 56, 56),
+        (256, 512, 7, 7),
+        (1, 320, 50, 83),
+        (1, 136, 2**31 - 1, 1),
+        (2**31, 33, 1, 65_537),
+        (3, 2**33 + 8, 1, 1),
+        (2**20, 2**13, 2**20, 2),
+    ],
+    ids=str,
+)
+def test_launches_cover_every_value_within_the_limits_of_a_grid(emulator, shape):
+    batch, channels, height, width = shape
+    for launch in launches(emulator, shape, emulator.Storage.bfloat16):
+        assert launch.threads_x * launch.threads_y <= launch.threads
+        assert launch.threads_x * launch.pack <= 128
+        assert launch.groups * launch.threads_x * launch.pack >= channels
+        assert launch.strips * launch.rows >= height > (launch.strips - 1) * launch.rows
+        assert launch.column_blocks * launch.threads_y * launch.repeats >= batch * width
+        assert 1 <= launch.blocks() < 2**31
+        assert f"blocks {launch.blocks()}" in str(launch)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2**31, 1), (1, 8, 1, 2**31)], ids=str)
+def test_more_rows_or_columns_than_an_int_holds_are_refused(emulator, shape):
+    with pytest.raises(ValueError, match="x: expected at most 2147483647 rows and columns, got"):
+        next(launches(emulator, shape, emulator.Storage.float32))

@@ -126,18 +126,12 @@ DSNET_DEVICE void fill_forward_table(
   }
 }
 
-// Blocks that share a multiprocessor: as many as its registers allow without spills.
-template <typename T, int P>
-inline constexpr int forward_blocks = P == 1           ? 8
-                                      : sizeof(T) == 4 ? 5
-                                                       : 3;
-template <typename T, int P>
-inline constexpr int backward_blocks = P == 1           ? 5
-                                       : sizeof(T) == 4 ? 2
-                                                        : 3;
+// Blocks that share a multiprocessor: as many as the registers of a pack allow without spills.
+constexpr int forward_blocks(int pack, size_t item) { return pack == 1 ? 8 : item == 4 ? 5 : 3; }
+constexpr int backward_blocks(int pack, size_t item) { return pack == 1 ? 5 : item == 4 ? 2 : 3; }
 
 template <typename T, int P>
-__global__ void __launch_bounds__(DepthwiseLaunch::threads, (forward_blocks<T, P>))
+__global__ void __launch_bounds__(DepthwiseLaunch::threads, forward_blocks(P, sizeof(T)))
     depthwise_conv3x3_forward(const DepthwiseForward args, const DepthwiseLaunch l) {
   __shared__ SharedArray<float, 18 * DepthwiseLaunch::max_block_channels> table_storage;
   float* table = table_storage;
@@ -224,7 +218,7 @@ DSNET_DEVICE void fill_backward_table(
 // flipped taps; every parameter gradient is a sum over pixels:
 //   taps k  Σ z(q)·g(q − k)    bias  Σ g    scale  Σ grad_z·x    shift  Σ grad_z
 template <typename T, int P>
-__global__ void __launch_bounds__(DepthwiseLaunch::threads, (backward_blocks<T, P>))
+__global__ void __launch_bounds__(DepthwiseLaunch::threads, backward_blocks(P, sizeof(T)))
     depthwise_conv3x3_backward(const DepthwiseBackward args, const DepthwiseLaunch l) {
   constexpr int rows_at_once = 4;
   constexpr int gradient_rows = DepthwiseBackward::gradient_rows;

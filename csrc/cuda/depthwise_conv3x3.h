@@ -91,13 +91,16 @@ namespace detail {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline bool is_aligned(const void* data, size_t to) {
+  return reinterpret_cast<uintptr_t>(data) % to == 0;
+}
+
 inline bool is_aligned(const Pixels& pixels, const DepthwiseShape& shape, size_t item, size_t to) {
   const auto multiple = [&](int64_t size, int64_t stride) {
     return size == 1 || static_cast<size_t>(stride) * item % to == 0;
   };
-  return reinterpret_cast<uintptr_t>(pixels.data) % to == 0 &&
-         multiple(shape.batch, pixels.stride_batch) && multiple(shape.height, pixels.stride_row) &&
-         multiple(shape.width, pixels.stride_column);
+  return is_aligned(pixels.data, to) && multiple(shape.batch, pixels.stride_batch) &&
+         multiple(shape.height, pixels.stride_row) && multiple(shape.width, pixels.stride_column);
 }
 
 // Packs that an instruction moves, of `pack` channels where layout and C allow it, else of one.
@@ -112,8 +115,8 @@ inline DepthwiseLaunch launch_for(
   DepthwiseLaunch l;
   l.pack = is_packed && shape.channels % pack == 0 ? pack : 1;
 
-  // Neighbouring threads on at least 128 neighbouring bytes where C has them (limit: sectors of a
-  // load), with the fewest idle in the last group.
+  // Neighbouring threads on neighbouring channels, at least 64 bytes where C has them (limit: whole
+  // 32-byte sectors), with the fewest idle in the last group.
   const int64_t packs = shape.channels / l.pack;
   const int widest = l.pack == 1 ? 64 : 16;
   l.threads_x = static_cast<int>(std::min<int64_t>(packs, widest));
@@ -143,10 +146,11 @@ inline DepthwiseLaunch launch_for(
 
 // 16 bytes per thread and load. Limit on blocks: the x dimension of a grid.
 inline DepthwiseLaunch depthwise_launch(const DepthwiseForward& args, Storage storage) {
-  constexpr size_t access = 16;
+  constexpr int access = 16;
   const size_t item = bytes_of(storage);
-  return detail::launch_for(
-      args.shape, detail::is_aligned(args.x, args.shape, item, access), access / item, 0x7fffffff);
+  const bool is_packed =
+      detail::is_aligned(args.x, args.shape, item, access) && detail::is_aligned(args.out, access);
+  return detail::launch_for(args.shape, is_packed, access / static_cast<int>(item), 0x7fffffff);
 }
 
 // Four channels per thread: taps and sums of more do not fit its registers. Limit on blocks: the
@@ -155,7 +159,8 @@ inline DepthwiseLaunch depthwise_launch(const DepthwiseBackward& args, Storage s
   constexpr int pack = 4;
   const size_t item = bytes_of(storage);
   const bool is_packed = detail::is_aligned(args.x, args.shape, item, pack * item) &&
-                         detail::is_aligned(args.grad, args.shape, item, pack * item);
+                         detail::is_aligned(args.grad, args.shape, item, pack * item) &&
+                         detail::is_aligned(args.grad_x, pack * item);
   return detail::launch_for(args.shape, is_packed, pack, 1056);
 }
 
