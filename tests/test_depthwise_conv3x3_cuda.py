@@ -250,6 +250,12 @@ def test_strips_of_any_height_and_several_columns_per_thread(emulator, rows, dty
     assert_correct(emulator, x, grad, arguments, **fields)
 
 
+def test_parameter_gradients_gather_more_blocks_than_a_thread_adds(emulator):
+    x, grad, arguments = make_inputs((1, 8, 70, 2), torch.float32, integers=True)
+    _, rows = backward(emulator, grad, x, **arguments, strips=70, rows=1)
+    assert torch.equal(rows, oracle(x, grad, arguments)[2].float())
+
+
 def slices(dtype):
     """Name and tensor (1, 16, 4, 5) for layouts read in place: the packed and the scalar path."""
     generator = torch.Generator().manual_seed(5)

@@ -57,10 +57,10 @@ DSNET_DEVICE const T* pixel_at(
 // The pixels of a row left of, at and right of `here`; zero outside the image.
 template <typename T, int P>
 DSNET_DEVICE void load_three(
-    const T* here, int64_t stride_column, bool has_left, bool has_right, Pack<T, P> (&out)[3]) {
-  out[0] = has_left ? load_global<Pack<T, P>>(here - stride_column) : Pack<T, P>{};
-  out[1] = load_global<Pack<T, P>>(here);
-  out[2] = has_right ? load_global<Pack<T, P>>(here + stride_column) : Pack<T, P>{};
+    const T* here, int64_t stride_column, bool has_left, bool has_right, Stored<T, P> (&out)[3]) {
+  out[0] = has_left ? load_global<Stored<T, P>>(here - stride_column) : Stored<T, P>{};
+  out[1] = load_global<Stored<T, P>>(here);
+  out[2] = has_right ? load_global<Stored<T, P>>(here + stride_column) : Stored<T, P>{};
 }
 
 // out += a · b by channel.
@@ -164,15 +164,15 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, forward_blocks(P, si
     // Sums of the output rows above, at and below the input row.
     float above[P] = {}, here[P], below[P];
     start(place.row_first, here);
-    Pack<T, P> next[3];
-    detail::load_three(source, args.x.stride_column, has_left, has_right, next);
+    Stored<T, P> next[3];
+    detail::load_three<T, P>(source, args.x.stride_column, has_left, has_right, next);
     for (int row = place.row_first; row <= place.row_last; ++row) {
       float in[3][P];
 #pragma unroll
-      for (int v = 0; v < 3; ++v) widen(next[v], in[v]);
+      for (int v = 0; v < 3; ++v) widen<T>(next[v], in[v]);
       if (row < place.row_last) {
         source += args.x.stride_row;
-        detail::load_three(source, args.x.stride_column, has_left, has_right, next);
+        detail::load_three<T, P>(source, args.x.stride_column, has_left, has_right, next);
       }
       start(row + 1, below);
 #pragma unroll
@@ -255,30 +255,35 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, backward_blocks(P, s
     T* grad_x = static_cast<T*>(args.grad_x) +
                 (image * shape.height + place.row_begin) * row_stride + column * shape.channels +
                 place.channel;
-    // The next x of this strip's rows, and its z; zero elsewhere.
-    const auto load_x = [&](bool is_own, Pack<T, P>& x_row, float (&z)[P]) {
-      x_row = Pack<T, P>{};
-      if (is_own) {
-        x_row = load_global<Pack<T, P>>(x);
-        x += args.x.stride_row;
-      }
+    // The next x of this strip's rows.
+    const auto load_x = [&](bool is_own) {
+      if (!is_own) return Stored<T, P>{};
+      const auto pack = load_global<Stored<T, P>>(x);
+      x += args.x.stride_row;
+      return pack;
+    };
+    // z of this strip's rows, zero elsewhere.
+    const auto affine = [&](bool is_own, const Stored<T, P>& pack, float (&z)[P]) {
       float value[P];
-      widen(x_row, value);
+      widen<T>(pack, value);
 #pragma unroll
       for (int c = 0; c < P; ++c) z[c] = is_own ? fmaf(scale[c], value[c], shift[c]) : 0.0f;
     };
 
     float above[P] = {}, here[P] = {};  // sums of grad_z
     float z_above[P] = {}, z_here[P];
-    Pack<T, P> x_above{}, x_here, grad_above{}, next[3];
-    load_x(place.row_first == place.row_begin, x_here, z_here);
-    detail::load_three(grad, args.grad.stride_column, has_left, has_right, next);
+    const bool starts_inside = place.row_first == place.row_begin;
+    Stored<T, P> x_above{}, x_here = load_x(starts_inside);
+    Stored<T, P> x_below = load_x(place.row_first + 1 < place.row_end);
+    affine(starts_inside, x_here, z_here);
+    Stored<T, P> grad_above{}, next[3];
+    detail::load_three<T, P>(grad, args.grad.stride_column, has_left, has_right, next);
 
     // Row above is complete: its grad_x, and its share of the sums.
     const auto finish = [&] {
       float x_value[P], grad_value[P], result[P];
-      widen(x_above, x_value);
-      widen(grad_above, grad_value);
+      widen<T>(x_above, x_value);
+      widen<T>(grad_above, grad_value);
       detail::add_product(above, x_value, sums[10]);
 #pragma unroll
       for (int c = 0; c < P; ++c) {
@@ -292,15 +297,15 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, backward_blocks(P, s
 
     for (int row = place.row_first; row <= place.row_last; ++row) {
       float g[3][P], below[P] = {}, z_below[P];
-      Pack<T, P> x_below;
-      const Pack<T, P> grad_here = next[1];
+      const Stored<T, P> grad_here = next[1];
 #pragma unroll
-      for (int v = 0; v < 3; ++v) widen(next[v], g[v]);
+      for (int v = 0; v < 3; ++v) widen<T>(next[v], g[v]);
       if (row < place.row_last) {
         grad += args.grad.stride_row;
-        detail::load_three(grad, args.grad.stride_column, has_left, has_right, next);
+        detail::load_three<T, P>(grad, args.grad.stride_column, has_left, has_right, next);
       }
-      load_x(row + 1 < place.row_end, x_below, z_below);
+      const Stored<T, P> x_next = load_x(row + 2 < place.row_end);
+      affine(row + 1 < place.row_end, x_below, z_below);
 #pragma unroll
       for (int v = 0; v < 3; ++v) {
         detail::add_product(taps[6 + v], g[v], above);
@@ -322,6 +327,7 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, backward_blocks(P, s
       grad_above = grad_here;
       x_above = x_here;
       x_here = x_below;
+      x_below = x_next;
     }
     if (place.row_end == shape.height) finish();
   }

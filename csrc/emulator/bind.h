@@ -59,7 +59,8 @@ inline void bind(py::module_& m) {
           "A copy of the content.")
       .def_property_readonly("written", [](const Buffer& b) {
         py::array_t<bool> flags(static_cast<py::ssize_t>(b.size()));
-        for (size_t i = 0; i < b.size(); ++i) flags.mutable_data()[i] = b.written(i);
+        for (size_t i = 0; i < b.size(); ++i)
+          flags.mutable_data()[i] = b.writer(i) != Buffer::nobody;
         return flags;
       });
 }

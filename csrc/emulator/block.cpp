@@ -16,6 +16,7 @@ struct Machine {
   StackPool stacks;
   uint64_t seed = 0;
   uint64_t blocks_run = 0;
+  uint64_t launch = Buffer::host;
   Block* block = nullptr;
   std::byte* dynamic_shared = nullptr;
 };
@@ -48,6 +49,8 @@ Block& current_block() {
   if (!machine().block) throw Error("device code called outside a launch");
   return *machine().block;
 }
+
+uint64_t current_launch() { return machine().launch; }
 
 void fail(const std::string& what) { throw Error(current_block().place() + ": " + what); }
 
@@ -347,6 +350,7 @@ void launch(const std::string& kernel, Index grid, Index threads, size_t dynamic
     ~Running() { machine.block = nullptr; }
   } running{m};
   m.block = &block;
+  ++m.launch;
   for (uint64_t linear : order) {
     blockIdx = unravel(linear, grid);
     block.run(blockIdx, body);

@@ -114,8 +114,9 @@ class Block {
   std::string error_;
 };
 
-// The block that runs now.
+// The block that runs now, and the number of its launch: one that no Buffer's host has.
 Block& current_block();
+uint64_t current_launch();
 
 // Seeds the order of blocks, warps and threads of the launches that follow.
 void set_seed(uint64_t seed);

@@ -132,7 +132,7 @@ void check_ordered_store(SharedRegion& region, size_t offset, const Access& acce
 Buffer::Buffer(std::string name, size_t bytes, bool writable)
     : name_(std::move(name)),
       storage_(bytes + 2 * guard + 256, static_cast<std::byte>(poison)),
-      written_(bytes, 0),
+      writers_(bytes, nobody),
       writable_(writable) {
   const auto start = reinterpret_cast<uintptr_t>(storage_.data()) + guard;
   data_ = reinterpret_cast<std::byte*>((start + 255) / 256 * 256);
@@ -143,7 +143,7 @@ Buffer::~Buffer() { std::erase(buffers(), this); }
 
 void Buffer::write(size_t offset, const void* source, size_t bytes) {
   std::memcpy(data_ + offset, source, bytes);
-  std::fill_n(written_.begin() + static_cast<std::ptrdiff_t>(offset), bytes, uint8_t{1});
+  std::fill_n(writers_.begin() + static_cast<std::ptrdiff_t>(offset), bytes, host);
 }
 
 Buffer* Buffer::find(const void* p) { return find_in(buffers(), p); }
@@ -171,9 +171,15 @@ void check_load(Space space, const void* p, size_t bytes, size_t alignment) {
     const Buffer& buffer = buffer_of(access);
     const size_t offset = offset_in(buffer, access);
     for (size_t i = offset; i < offset + bytes; ++i) {
-      if (buffer.written(i)) continue;
-      fail("unwritten " + access.text() + ": nobody wrote byte " + std::to_string(i) + " of " +
-           buffer.name());
+      const uint64_t writer = buffer.writer(i);
+      if (writer == Buffer::nobody) {
+        fail("unwritten " + access.text() + ": nobody wrote byte " + std::to_string(i) + " of " +
+             buffer.name());
+      }
+      if (writer == current_launch()) {
+        fail("unordered " + access.text() + ": this launch wrote byte " + std::to_string(i) +
+             " of " + buffer.name());
+      }
     }
     return;
   }
@@ -203,7 +209,13 @@ void check_store(Space space, const void* p, size_t bytes, size_t alignment) {
     Buffer& buffer = buffer_of(access);
     const size_t offset = offset_in(buffer, access);
     if (!buffer.writable()) fail(access.text() + ": " + buffer.name() + " is read-only");
-    for (size_t i = offset; i < offset + bytes; ++i) buffer.mark_written(i);
+    for (size_t i = offset; i < offset + bytes; ++i) {
+      if (buffer.writer(i) == current_launch()) {
+        fail("second " + access.text() + ": this launch already wrote byte " + std::to_string(i) +
+             " of " + buffer.name());
+      }
+      buffer.set_writer(i, current_launch());
+    }
     return;
   }
   SharedRegion& region = region_of(access);

@@ -18,6 +18,7 @@ inline constexpr int poison = 0xff;
 class Buffer {
  public:
   static constexpr size_t guard = 4096;
+  static constexpr uint64_t nobody = 0, host = 1;
   Buffer(std::string name, size_t bytes, bool writable);
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -28,10 +29,11 @@ class Buffer {
 
   const std::string& name() const { return name_; }
   std::byte* data() const { return data_; }
-  size_t size() const { return written_.size(); }
+  size_t size() const { return writers_.size(); }
   bool writable() const { return writable_; }
-  bool written(size_t offset) const { return written_[offset] != 0; }
-  void mark_written(size_t offset) { written_[offset] = 1; }
+  // The launch that wrote a byte; `nobody`, or `host`.
+  uint64_t writer(size_t offset) const { return writers_[offset]; }
+  void set_writer(size_t offset, uint64_t launch) { writers_[offset] = launch; }
 
   // The buffer that holds `p`, or null.
   static Buffer* find(const void* p);
@@ -40,7 +42,7 @@ class Buffer {
   std::string name_;
   std::vector<std::byte> storage_;
   std::byte* data_;
-  std::vector<uint8_t> written_;
+  std::vector<uint64_t> writers_;
   bool writable_;
 };
 

@@ -157,6 +157,21 @@ __global__ void unwritten_global_read(const float* in, float* out) {
   store_global(out + i, read(fault ? out + (63 - i) : in + (63 - i)));
 }
 
+// What other threads store reaches a plain load in no order.
+template <bool fault>
+__global__ void load_of_what_the_kernel_stores(const float* in, float* out) {
+  const int i = threadIdx.x;
+  store_global(out + i, read(in + (63 - i)));
+  __syncthreads();
+  if (fault) read(out + (63 - i));
+}
+
+template <bool fault>
+__global__ void two_stores_to_one_place(const float* in, float* out) {
+  const int i = threadIdx.x;
+  store_global(out + (fault ? i / 2 : i), read(in + (63 - i)));
+}
+
 template <bool fault>
 __global__ void misaligned_vector_load(const float* in, float* out) {
   const int i = threadIdx.x;

@@ -44,6 +44,8 @@ const std::map<std::string, std::pair<Reverse, Reverse>> reversals = {
     DSNET_PAIR(store_to_an_input),
     DSNET_PAIR(unwritten_shared_read),
     DSNET_PAIR(unwritten_global_read),
+    DSNET_PAIR(load_of_what_the_kernel_stores),
+    DSNET_PAIR(two_stores_to_one_place),
     DSNET_PAIR(misaligned_vector_load),
     DSNET_PAIR(lanes_that_never_come),
     DSNET_PAIR(mask_without_the_caller),
@@ -53,7 +55,7 @@ const std::map<std::string, std::pair<Reverse, Reverse>> reversals = {
 
 void reverse(const std::string& name, bool fault, Address in, Address out) {
   const auto& pair = reversals.at(name);
-  launch(name.c_str(), fault ? pair.second : pair.first, {{2}, {64}, 256}, nullptr, at<float>(in),
+  launch(name.c_str(), fault ? pair.second : pair.first, {{1}, {64}, 256}, nullptr, at<float>(in),
       at<float>(out));
 }
 
