@@ -324,7 +324,7 @@ def launches(emulator, shape, storage, address=0):
 
 
 @pytest.mark.parametrize(
-    "channels, address, packs",
+    ("channels", "address", "packs"),
     [(64, 0, (8, 4)), (64, 8, (1, 4)), (64, 2, (1, 1)), (12, 0, (1, 4)), (17, 0, (1, 1))],
 )
 def test_packs_are_as_wide_as_channels_and_alignment_allow(emulator, channels, address, packs):

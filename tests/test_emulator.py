@@ -2,11 +2,10 @@
 
 import re
 
+import emulator_build
 import numpy as np
 import pytest
 import torch
-
-import emulator_build
 
 SEEDS = range(6)
 FULL_WARP = np.arange(32)
@@ -110,7 +109,9 @@ def test_seeds_differ_in_the_order_of_blocks_warps_and_lanes(emulator):
     assert len({tuple(o % 32) for o in orders}) == len(orders)
 
 
-@pytest.mark.parametrize("blocks, threads, what", [(1, 1025, "threads per block"), (0, 32, "one")])
+@pytest.mark.parametrize(
+    ("blocks", "threads", "what"), [(1, 1025, "threads per block"), (0, 32, "one")]
+)
 def test_a_launch_outside_the_limits_is_refused(emulator, blocks, threads, what):
     with pytest.raises(emulator.Error, match=f"kernel order_of_threads: .*{what}"):
         order(emulator, 0, blocks, threads)
@@ -243,7 +244,9 @@ def floats_of_all_exponents():
     return np.concatenate([bits, halves.view(np.uint32), ties]).view(np.float32)
 
 
-@pytest.mark.parametrize("name, dtype", [("round_bf16", torch.bfloat16), ("round_f16", torch.half)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("round_bf16", torch.bfloat16), ("round_f16", torch.half)]
+)
 def test_rounding_to_16_bits_is_to_nearest_even(emulator, name, dtype):
     values = floats_of_all_exponents()
     bits = getattr(emulator, name)(values)
