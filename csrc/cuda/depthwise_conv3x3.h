@@ -153,15 +153,15 @@ inline DepthwiseLaunch depthwise_launch(const DepthwiseForward& args, Storage st
   return detail::launch_for(args.shape, is_packed, access / static_cast<int>(item), 0x7fffffff);
 }
 
-// Four channels per thread: taps and sums of more do not fit its registers. Limit on blocks: the
-// bytes of partial sums.
+// Four channels per thread: taps and sums of more do not fit its registers. Limit on blocks: 3 for
+// each of 132 multiprocessors run at once, and more only leave more partial sums.
 inline DepthwiseLaunch depthwise_launch(const DepthwiseBackward& args, Storage storage) {
   constexpr int pack = 4;
   const size_t item = bytes_of(storage);
   const bool is_packed = detail::is_aligned(args.x, args.shape, item, pack * item) &&
                          detail::is_aligned(args.grad, args.shape, item, pack * item) &&
                          detail::is_aligned(args.grad_x, pack * item);
-  return detail::launch_for(args.shape, is_packed, pack, 1056);
+  return detail::launch_for(args.shape, is_packed, pack, 396);
 }
 
 // Both enqueue on `stream` and throw std::runtime_error where CUDA refuses. An empty batch has zero

@@ -1,7 +1,9 @@
 // What the kernels need beyond CUDA C++: memory accesses of a chosen width, warp primitives and
 // inline PTX. Nothing else in this folder uses any of these.
 //
-// With DSNET_EMULATE each function has a twin that runs on the CPU and checks its use.
+// With DSNET_EMULATE each function has a twin that runs on the CPU and checks its use. Kernels
+// touch global and shared memory through these functions alone, since a plain dereference goes
+// unchecked.
 #pragma once
 
 #include <cstddef>
@@ -29,14 +31,14 @@ struct alignas(N * sizeof(T)) Pack {
   T values[N];
 };
 
-// Memory
+// Memory.
 
+#ifndef DSNET_EMULATE
 namespace detail {
 
 // The register type of one access of `bytes`.
 template <size_t bytes>
 struct Word;
-#ifndef DSNET_EMULATE
 template <>
 struct Word<2> {
   using type = unsigned short;
@@ -66,9 +68,9 @@ DSNET_DEVICE typename Word<sizeof(V)>::type to_word(const V& value) {
   memcpy(&word, &value, sizeof(V));
   return word;
 }
-#endif
 
 }  // namespace detail
+#endif
 
 // A V in global memory that nothing writes during the kernel; aligned to its size.
 template <typename V>
@@ -137,7 +139,7 @@ DSNET_DEVICE T* dynamic_shared() {
 #endif
 }
 
-// Asynchronous copies
+// Asynchronous copies.
 
 // Copies `bytes` (4, 8 or 16) from global to shared memory; of these, those from source_bytes on
 // become zero without being read. Lands at a wait_copies.
@@ -181,7 +183,7 @@ DSNET_DEVICE void wait_copies() {
 #endif
 }
 
-// Warps
+// Warps.
 
 DSNET_DEVICE void sync_warp(unsigned mask = full_warp) {
 #ifdef DSNET_EMULATE
@@ -262,7 +264,7 @@ DSNET_DEVICE T warp_max(T value, unsigned width = 32) {
   return value;
 }
 
-// Matrices
+// Matrices.
 
 // Loads `matrices` (1, 2 or 4) 8×8 matrices of 16-bit values; lane 8·m + r points at row r of
 // matrix m, 16 bytes in shared memory.

@@ -33,7 +33,8 @@ class Error : public std::runtime_error {
 // "thread (x, y, z)" of the running block.
 std::string thread_text(unsigned thread);
 
-// Called by every thread of a warp rendezvous, each with its own operands.
+// Computes the results of a warp rendezvous from the operands of its lanes; called once, by the
+// lane that comes last.
 using Complete = void (*)(void* const operands[warp_size], uint32_t mask);
 
 struct AsyncCopy {

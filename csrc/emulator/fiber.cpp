@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__x86_64__)
+// DSNET_UCONTEXT chooses the portable switch, which enters the kernel twice per change.
+#if defined(__x86_64__) && !defined(DSNET_UCONTEXT)
 #define DSNET_OWN_SWITCH
 #else
 #include <ucontext.h>
