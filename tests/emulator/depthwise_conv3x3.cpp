@@ -1,0 +1,75 @@
+// Python module: the depthwise convolution's CUDA launchers in the emulator.
+#include "cuda/depthwise_conv3x3.cuh"
+
+#include "emulator/bind.h"
+
+namespace py = pybind11;
+using namespace dsnet;
+using namespace dsnet::cuda;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
+  emulator::bind(m);
+
+  py::enum_<Storage>(m, "Storage")
+      .value("float32", Storage::float32)
+      .value("bfloat16", Storage::bfloat16)
+      .value("float16", Storage::float16);
+
+  py::class_<Pixels>(m, "Pixels")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t row, int64_t column) {
+        return Pixels{at<void>(data), batch, row, column};
+      }));
+  py::class_<Parameter>(m, "Parameter").def(py::init([](uintptr_t data, bool is_float32) {
+    return Parameter{at<void>(data), is_float32};
+  }));
+  py::class_<DepthwiseShape>(m, "Shape").def(py::init<int64_t, int64_t, int64_t, int64_t>());
+
+  py::class_<DepthwiseForward>(m, "Forward")
+      .def(py::init([](DepthwiseShape shape, Pixels x, Parameter weight, Parameter bias,
+                        Parameter scale, Parameter shift, bool residual, uintptr_t out) {
+        return DepthwiseForward{shape, x, weight, bias, scale, shift, residual, at<void>(out)};
+      }));
+  py::class_<DepthwiseBackward>(m, "Backward")
+      .def(py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight,
+                        Parameter scale, Parameter shift, bool residual, uintptr_t grad_x,
+                        uintptr_t partials, uintptr_t rows) {
+        return DepthwiseBackward{shape, grad, x, weight, scale, shift, residual, at<void>(grad_x),
+            at<float>(partials), at<float>(rows)};
+      }));
+
+  py::class_<DepthwiseLaunch>(m, "Launch")
+      .def_readonly_static("threads", &DepthwiseLaunch::threads)
+      .def_readonly("pack", &DepthwiseLaunch::pack)
+      .def_readonly("threads_x", &DepthwiseLaunch::threads_x)
+      .def_readonly("threads_y", &DepthwiseLaunch::threads_y)
+      .def_readonly("groups", &DepthwiseLaunch::groups)
+      .def_readwrite("strips", &DepthwiseLaunch::strips)
+      .def_readwrite("rows", &DepthwiseLaunch::rows)
+      .def_readwrite("column_blocks", &DepthwiseLaunch::column_blocks)
+      .def_readonly("repeats", &DepthwiseLaunch::repeats)
+      .def("slots", &DepthwiseLaunch::slots)
+      .def("blocks", &DepthwiseLaunch::blocks)
+      .def("__str__", [](const DepthwiseLaunch& l) { return text(l); });
+
+  m.def("launch", [](const DepthwiseForward& args, Storage storage) {
+    return depthwise_launch(args, storage);
+  });
+  m.def("launch", [](const DepthwiseBackward& args, Storage storage) {
+    return depthwise_launch(args, storage);
+  });
+  m.def("forward", [](const DepthwiseForward& args, Storage storage, const DepthwiseLaunch& l) {
+    depthwise_forward(args, storage, l, nullptr);
+  });
+  m.def("backward", [](const DepthwiseBackward& args, Storage storage, const DepthwiseLaunch& l) {
+    depthwise_backward(args, storage, l, nullptr);
+  });
+}
