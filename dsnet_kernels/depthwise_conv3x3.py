@@ -2,13 +2,14 @@
 
 On ``cpu`` the forward reads x once and writes the output once; the backward reads the output's
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
+``triton`` does the same on a GPU.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native
+from . import checks, native, triton
 from .backends import Operation, register, select
 from .reference import depthwise_conv3x3 as reference
 
@@ -27,19 +28,13 @@ OPERATION = register(
     Operation(
         "depthwise_conv3x3",
         tensors=("x",),
-        present={"cpu": native.cpu_refusal},
-        can_run={"cpu": _cpu_can_run},
+        present={"cpu": native.cpu_refusal, "triton": lambda: triton.REFUSAL},
+        can_run={"cpu": _cpu_can_run, "triton": triton.can_run},
     )
 )
 
-native.LIBRARY.define(
-    "depthwise_conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
-    " bool residual) -> Tensor"
-)
-native.LIBRARY.define(
-    "depthwise_conv3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale,"
-    " Tensor? shift, bool residual) -> (Tensor, Tensor)"
-)
+NATIVE, TRITON = "depthwise_conv3x3", "depthwise_conv3x3_triton"
+"""Names of the raw operators; that of the gradient ends in ``_backward``."""
 
 
 def _empty_channels_last(x: Tensor) -> Tensor:
@@ -48,44 +43,72 @@ def _empty_channels_last(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, strides)
 
 
-@torch.library.register_fake("dsnet_kernels::depthwise_conv3x3")
-def _(x, weight, bias, scale, shift, residual):
+def _fake(x, weight, bias, scale, shift, residual):
     return _empty_channels_last(x)
 
 
-@torch.library.register_fake("dsnet_kernels::depthwise_conv3x3_backward")
-def _(grad, x, weight, scale, shift, residual):
+def _fake_backward(grad, x, weight, scale, shift, residual):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _empty_channels_last(x), x.new_empty((12, x.shape[1]), dtype=dtype)
 
 
+for _name in (NATIVE, TRITON):
+    native.LIBRARY.define(
+        f"{_name}(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+        " bool residual) -> Tensor"
+    )
+    native.LIBRARY.define(
+        f"{_name}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift,"
+        " bool residual) -> (Tensor, Tensor)"
+    )
+    torch.library.register_fake(f"dsnet_kernels::{_name}", _fake)
+    torch.library.register_fake(f"dsnet_kernels::{_name}_backward", _fake_backward)
+
+
+def _triton(*args):
+    from .triton import depthwise_conv3x3 as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args):
+    from .triton import depthwise_conv3x3 as kernels
+
+    return kernels.backward(*args)
+
+
+for _key in ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",):
+    native.LIBRARY.impl(TRITON, _triton, _key)
+    native.LIBRARY.impl(f"{TRITON}_backward", _triton_backward, _key)
+
+
 class _DepthwiseConv3x3(torch.autograd.Function):
-    """The native kernels under autograd; saves x and the parameters, no activation of its own."""
+    """A raw operator under autograd; saves x and the parameters, no activation of its own."""
 
     @staticmethod
     @checks.with_signature
-    def forward(x, weight, bias, scale, shift, residual):
-        return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
+    def forward(x, weight, bias, scale, shift, residual, name):
+        operator = getattr(torch.ops.dsnet_kernels, name)
+        return operator(x, weight, bias, scale, shift, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, scale, shift, ctx.residual = inputs
+        x, weight, bias, scale, shift, ctx.residual, ctx.name = inputs
         ctx.save_for_backward(x, weight, bias, scale, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, scale, shift = ctx.saved_tensors
-        grad_x, rows = torch.ops.dsnet_kernels.depthwise_conv3x3_backward(
-            grad, x, weight, scale, shift, ctx.residual
-        )
+        operator = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")
+        grad_x, rows = operator(grad, x, weight, scale, shift, ctx.residual)
         # Rows of per-channel gradients: nine taps, then bias, scale and shift.
         grad_weight = rows[:9].t().reshape(weight.shape).to(weight.dtype)
         grad_bias, grad_scale, grad_shift = (
             None if parameter is None else row.to(parameter.dtype)
             for parameter, row in zip((bias, scale, shift), rows[9:].unbind(0), strict=True)
         )
-        return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
+        return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None, None
 
 
 def depthwise_conv3x3(
@@ -140,8 +163,11 @@ def depthwise_conv3x3(
     checks.optional_shape("shift", shift, (channels,))
     x = checks.autocast(x)
     checks.parameters("x", x, weight=weight, bias=bias, scale=scale, shift=shift)
-    if select(OPERATION, backend, x) == "reference":
+    chosen = select(OPERATION, backend, x)
+    if chosen == "reference":
         return reference(x, weight, bias, scale=scale, shift=shift, residual=residual)
+    name = TRITON if chosen == "triton" else NATIVE
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
-    return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual)
+        operator = getattr(torch.ops.dsnet_kernels, name)
+        return operator(x, weight, bias, scale, shift, residual)
+    return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual, name)

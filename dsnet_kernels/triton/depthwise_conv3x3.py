@@ -1,0 +1,228 @@
+"""``depthwise_conv3x3`` in Triton: the table of tiles, checks, allocation, launches."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import checks
+from . import can_run
+from .depthwise_conv3x3_kernels import (
+    depthwise_conv3x3_backward,
+    depthwise_conv3x3_forward,
+    depthwise_conv3x3_sum_slots,
+)
+
+THREADS = 128
+"""Of a program."""
+
+OPTIONS = {"num_warps": THREADS // 32, "num_stages": 1, "enable_fp_fusion": False}
+"""Products and sums are fused where the source says fma, the same for every layout."""
+
+SUM_BLOCK = {"BLOCK_SLOTS": 32, "BLOCK_VALUES": 32}
+
+GRADIENT_ROWS = 12
+"""Nine taps, bias, scale, shift."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a call is cut into programs; from the shape alone, so that sums do not depend on the GPU.
+
+    Program i handles channel group i % groups, then strip, then columns.
+    """
+
+    block_columns: int
+    block_channels: int
+    groups: int  # across the channels
+    strips: int  # down the rows
+    rows: int  # of a strip
+    column_blocks: int  # along the B·W columns
+    column_programs: int  # which take the column blocks in turns
+
+    @property
+    def slots(self) -> int:
+        """Programs with the same channels, each of which leaves partial sums in the backward."""
+        return self.strips * self.column_programs
+
+    @property
+    def programs(self) -> int:
+        return self.groups * self.slots
+
+
+def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int) -> Launch:
+    """The table of tiles: ``per_thread`` elements of a row for each thread."""
+    batch, channels, height, width = shape
+    # Up to 32 channels: 64 bytes in 16 bits, limited from below by whole 32-byte sectors and from
+    # above by idle channels; 32 divides the channels of every published stage.
+    block_channels = min(32, triton.next_power_of_2(channels))
+    block_columns = THREADS * per_thread // block_channels
+    groups = triton.cdiv(channels, block_channels)
+    column_blocks = triton.cdiv(batch * width, block_columns)
+
+    # Strips only while columns alone leave multiprocessors idle (8 programs for each of 132), of at
+    # least 8 rows: limited by the two halo rows that each strip loads again.
+    wanted = triton.cdiv(8 * 132, groups * column_blocks)
+    rows = triton.cdiv(height, max(1, min(wanted, height // 8)))
+    strips = triton.cdiv(height, rows)
+
+    turns = triton.cdiv(groups * strips * column_blocks, max_programs)
+    column_programs = triton.cdiv(column_blocks, turns)
+    return Launch(
+        block_columns, block_channels, groups, strips, rows, column_blocks, column_programs
+    )
+
+
+def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Launch:
+    """16 bytes per thread and load; limited by the x dimension of a grid."""
+    return launch_for(shape, per_thread=16 // dtype.itemsize, max_programs=2**31 - 1)
+
+
+def backward_launch(shape: torch.Size) -> Launch:
+    """Four channels per thread: taps and sums of more do not fit its registers.
+
+    Limited to 4 programs for each of 132 multiprocessors: more only leave more partial sums.
+    """
+    return launch_for(shape, per_thread=4, max_programs=4 * 132)
+
+
+def _with_adjacent_channels(x: Tensor) -> Tensor:
+    """x, or a channels_last copy of it where its channels do not lie next to each other."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of batch, row and column; 0 where a dimension has one entry."""
+    return [0 if x.shape[d] == 1 else x.stride(d) for d in (0, 2, 3)]
+
+
+def _pack(*sizes: int) -> int:
+    """The largest of 8, 4, 2 and 1 that divides all sizes."""
+    return math.gcd(8, *sizes)
+
+
+def _check(x: Tensor, weight: Tensor, **optional: Tensor | None) -> None:
+    checks.dims("x", x, "BCHW")
+    if x.shape[1:].numel() == 0:
+        raise ValueError(f"x: expected at least one channel and pixel, got shape {tuple(x.shape)}")
+    reason = can_run(x)
+    if reason is not None:
+        raise TypeError(reason)
+    channels = x.shape[1]
+    checks.shape("weight", weight, (channels, 1, 3, 3))
+    for name, parameter in optional.items():
+        checks.optional_shape(name, parameter, (channels,))
+    checks.parameters("x", x, weight=weight, **optional)
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: bool,
+) -> Tensor:
+    """(B, C, H, W) in channels_last.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, device or shape.
+    """
+    _check(x, weight, bias=bias, scale=scale, shift=shift)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    if x.shape[0] == 0:
+        return out
+    x = _with_adjacent_channels(x)
+    batch, channels, height, width = x.shape
+    pack, stride_pack = _pack(channels), _pack(*_strides(x))
+    launch = forward_launch(x.shape, x.dtype)
+    with torch.cuda.device_of(x):
+        depthwise_conv3x3_forward[(launch.programs,)](
+            x,
+            weight.reshape(channels, 9).contiguous(),
+            _contiguous(bias),
+            _contiguous(scale),
+            _contiguous(shift),
+            out,
+            channels // pack,
+            height,
+            width,
+            batch * width,
+            *(stride // stride_pack for stride in _strides(x)),
+            launch.groups,
+            launch.strips,
+            launch.rows,
+            RESIDUAL=residual,
+            PACK=pack,
+            STRIDE_PACK=stride_pack,
+            BLOCK_COLUMNS=launch.block_columns,
+            BLOCK_CHANNELS=launch.block_channels,
+            **OPTIONS,
+        )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x (B, C, H, W) in channels_last, and float32 (12, C): nine taps, bias, scale, shift.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, device or shape.
+    """
+    _check(x, weight, scale=scale, shift=shift)
+    checks.shape("grad", grad, tuple(x.shape))
+    checks.same_dtype("x", x, "grad", grad)
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    if batch == 0:
+        return grad_x, x.new_zeros((GRADIENT_ROWS, channels), dtype=torch.float32)
+    grad, x = _with_adjacent_channels(grad), _with_adjacent_channels(x)
+    strides = [*_strides(grad), *_strides(x)]
+    pack, stride_pack = _pack(channels), _pack(*strides)
+    launch = backward_launch(x.shape)
+    partials = x.new_empty((launch.slots, GRADIENT_ROWS, channels), dtype=torch.float32)
+    rows = x.new_empty((GRADIENT_ROWS, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        depthwise_conv3x3_backward[(launch.programs,)](
+            grad,
+            x,
+            weight.reshape(channels, 9).contiguous(),
+            _contiguous(scale),
+            _contiguous(shift),
+            grad_x,
+            partials,
+            channels // pack,
+            height,
+            width,
+            batch * width,
+            *(stride // stride_pack for stride in strides),
+            launch.groups,
+            launch.strips,
+            launch.rows,
+            launch.column_blocks,
+            launch.column_programs,
+            RESIDUAL=residual,
+            PACK=pack,
+            STRIDE_PACK=stride_pack,
+            BLOCK_COLUMNS=launch.block_columns,
+            BLOCK_CHANNELS=launch.block_channels,
+            **OPTIONS,
+        )
+        depthwise_conv3x3_sum_slots[(triton.cdiv(rows.numel(), SUM_BLOCK["BLOCK_VALUES"]),)](
+            partials, rows, launch.slots, rows.numel(), **SUM_BLOCK, **OPTIONS
+        )
+    return grad_x, rows
