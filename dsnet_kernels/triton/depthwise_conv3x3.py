@@ -41,6 +41,7 @@ class Launch:
     rows: int  # of a strip
     column_blocks: int  # along the B·W columns
     column_programs: int  # which take the column blocks in turns
+    registers: int  # of a thread, at most
 
     @property
     def slots(self) -> int:
@@ -52,7 +53,7 @@ class Launch:
         return self.groups * self.slots
 
 
-def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int) -> Launch:
+def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int, registers: int) -> Launch:
     """The table of tiles: ``per_thread`` elements of a row for each thread."""
     batch, channels, height, width = shape
     # Up to 32 channels: 64 bytes in 16 bits, limited from below by whole 32-byte sectors and from
@@ -71,21 +72,36 @@ def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int) -> Laun
     turns = triton.cdiv(groups * strips * column_blocks, max_programs)
     column_programs = triton.cdiv(column_blocks, turns)
     return Launch(
-        block_columns, block_channels, groups, strips, rows, column_blocks, column_programs
+        block_columns,
+        block_channels,
+        groups,
+        strips,
+        rows,
+        column_blocks,
+        column_programs,
+        registers,
     )
 
 
 def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Launch:
-    """16 bytes per thread and load; limited by the x dimension of a grid."""
-    return launch_for(shape, per_thread=16 // dtype.itemsize, max_programs=2**31 - 1)
+    """16 bytes per thread and load; 2 elements where C allows no vector: each needs an address.
+
+    Limits: the x dimension of a grid; three programs share a multiprocessor's registers, or five
+    where a thread has fewer elements.
+    """
+    per_thread = 16 // dtype.itemsize if shape[1] % 4 == 0 else 2
+    registers = 168 if per_thread == 8 else 96
+    return launch_for(shape, per_thread=per_thread, max_programs=2**31 - 1, registers=registers)
 
 
 def backward_launch(shape: torch.Size) -> Launch:
-    """Four channels per thread: taps and sums of more do not fit its registers.
+    """Four elements per thread, or 2 where C allows no vector: taps and sums of more would spill.
 
-    Limited to 4 programs for each of 132 multiprocessors: more only leave more partial sums.
+    Limits: 4 programs for each of 132 multiprocessors, as more only leave more partial sums; three
+    or four of them share a multiprocessor's registers.
     """
-    return launch_for(shape, per_thread=4, max_programs=4 * 132)
+    per_thread, registers = (4, 168) if shape[1] % 4 == 0 else (2, 128)
+    return launch_for(shape, per_thread=per_thread, max_programs=4 * 132, registers=registers)
 
 
 def _with_adjacent_channels(x: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ def _strides(x: Tensor) -> list[int]:
     return [0 if x.shape[d] == 1 else x.stride(d) for d in (0, 2, 3)]
 
 
-def _pack(*sizes: int) -> int:
+def pack_of(*sizes: int) -> int:
     """The largest of 8, 4, 2 and 1 that divides all sizes."""
     return math.gcd(8, *sizes)
 
@@ -142,7 +158,7 @@ def forward(
         return out
     x = _with_adjacent_channels(x)
     batch, channels, height, width = x.shape
-    pack, stride_pack = _pack(channels), _pack(*_strides(x))
+    pack, stride_pack = pack_of(channels), pack_of(*_strides(x))
     launch = forward_launch(x.shape, x.dtype)
     with torch.cuda.device_of(x):
         depthwise_conv3x3_forward[(launch.programs,)](
@@ -165,6 +181,7 @@ def forward(
             STRIDE_PACK=stride_pack,
             BLOCK_COLUMNS=launch.block_columns,
             BLOCK_CHANNELS=launch.block_channels,
+            maxnreg=launch.registers,
             **OPTIONS,
         )
     return out
@@ -192,7 +209,7 @@ def backward(
         return grad_x, x.new_zeros((GRADIENT_ROWS, channels), dtype=torch.float32)
     grad, x = _with_adjacent_channels(grad), _with_adjacent_channels(x)
     strides = [*_strides(grad), *_strides(x)]
-    pack, stride_pack = _pack(channels), _pack(*strides)
+    pack, stride_pack = pack_of(channels), pack_of(*strides)
     launch = backward_launch(x.shape)
     partials = x.new_empty((launch.slots, GRADIENT_ROWS, channels), dtype=torch.float32)
     rows = x.new_empty((GRADIENT_ROWS, channels), dtype=torch.float32)
@@ -220,6 +237,7 @@ def backward(
             STRIDE_PACK=stride_pack,
             BLOCK_COLUMNS=launch.block_columns,
             BLOCK_CHANNELS=launch.block_channels,
+            maxnreg=launch.registers,
             **OPTIONS,
         )
         depthwise_conv3x3_sum_slots[(triton.cdiv(rows.numel(), SUM_BLOCK["BLOCK_VALUES"]),)](

@@ -1,0 +1,219 @@
+"""Compiles the Triton kernels without a GPU and holds their resources to ``triton.json``.
+
+    python benchmarks/compile_gates/triton_gate.py [--update]
+
+Registers and shared memory may not exceed the table; a spill or a stack frame always fails. With
+versions of Triton or ptxas other than the table's, more registers are reported and do not fail.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from dsnet_kernels.triton import depthwise_conv3x3 as depthwise
+
+TABLE = Path(__file__).with_name("triton.json")
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+RESOURCES = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": "LOCAL"}
+
+Resources = dict[str, int]
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a kernel as a call compiles it; every other argument is a 32-bit integer."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel: each dtype, with channels that divide by 8, by 4 and by nothing."""
+    for dtype, kind in TYPES.items():
+        for channels in (64, 20, 17):
+            yield from _depthwise(dtype, kind, channels, affine=True)
+    yield from _depthwise(torch.bfloat16, "bf16", 64, affine=False)
+    yield Case(
+        "depthwise_conv3x3_sum_slots",
+        depthwise.depthwise_conv3x3_sum_slots,
+        {"partials": "fp32", "sums": "fp32"},
+        depthwise.SUM_BLOCK,
+        depthwise.OPTIONS,
+    )
+
+
+def _depthwise(dtype: torch.dtype, kind: str, channels: int, affine: bool) -> Iterator[Case]:
+    shape = torch.Size((64, channels, 56, 56))
+    suffix = f"{kind} C={channels}{'' if affine else ' plain'}"
+    parameters = ("bias", "scale", "shift")
+    absent = {} if affine else dict.fromkeys(parameters)
+    present = dict.fromkeys(parameters if affine else (), "fp32") | {"weight": "fp32"}
+    pack = depthwise.pack_of(channels)
+    packs = {"RESIDUAL": True, "PACK": pack, "STRIDE_PACK": pack}
+    for kernel, launch, activations in (
+        (
+            depthwise.depthwise_conv3x3_forward,
+            depthwise.forward_launch(shape, dtype),
+            ("x", "out"),
+        ),
+        (
+            depthwise.depthwise_conv3x3_backward,
+            depthwise.backward_launch(shape),
+            ("x", "grad", "grad_x"),
+        ),
+    ):
+        names = set(kernel.arg_names)
+        pointers = present | dict.fromkeys(activations, kind) | {"partials": "fp32"}
+        blocks = {
+            "BLOCK_COLUMNS": launch.block_columns,
+            "BLOCK_CHANNELS": launch.block_channels,
+        }
+        yield Case(
+            f"{kernel.fn.__name__} {suffix}",
+            kernel,
+            {name: value for name, value in pointers.items() if name in names},
+            {name: value for name, value in (absent | packs | blocks).items() if name in names},
+            depthwise.OPTIONS | {"maxnreg": launch.registers},
+        )
+
+
+def compile_case(case: Case, architecture: int) -> CompiledKernel:
+    """The kernel for sm_<architecture>, its pointers aligned to 16 bytes as torch allocates."""
+    signature = {
+        name: "constexpr"
+        if name in case.constants
+        else f"*{case.pointers[name]}"
+        if name in case.pointers
+        else "i32"
+        for name in case.kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(case.kernel.arg_names)
+        if name in case.pointers
+    }
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options)
+    )
+
+
+def parse_resources(text: str) -> Resources:
+    """What ``cuobjdump --dump-resource-usage`` says of one kernel.
+
+    Raises:
+        ValueError: if a figure is missing.
+    """
+    found = {}
+    for name, key in RESOURCES.items():
+        match = re.search(rf"\b{key}:(\d+)", text)
+        if match is None:
+            raise ValueError(f"cuobjdump: expected {key}:<number> in its output, got {text!r}")
+        found[name] = int(match[1])
+    return found
+
+
+def measure(case: Case, architecture: int) -> Resources:
+    """Compiles a case and reads its resources; shared memory includes what a launch asks for."""
+    kernel = compile_case(case, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = parse_resources(text)
+    return found | {"shared": found["shared"] + kernel.metadata.shared}
+
+
+def versions() -> dict[str, str]:
+    """Triton and the assembler it brings."""
+    command = [TOOLS / "ptxas", "--version"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {"triton": triton.__version__, "ptxas": re.search(r"V([\d.]+)", text)[1]}
+
+
+def measure_all() -> Report:
+    """``versions`` and ``kernels``: name → architecture → resources."""
+    return {
+        "versions": versions(),
+        "kernels": {
+            case.name: {f"sm_{arch}": measure(case, arch) for arch in ARCHITECTURES}
+            for case in cases()
+        },
+    }
+
+
+def compare(table: Report, found: Report) -> tuple[list[str], list[str]]:
+    """(failures, remarks) of ``found`` against the checked-in ``table``."""
+    failures, remarks = [], []
+    same = table["versions"] == found["versions"]
+    if not same:
+        remarks.append(f"versions: the table has {table['versions']}, here {found['versions']}")
+    for name in sorted(table["kernels"].keys() - found["kernels"].keys()):
+        failures.append(f"{name}: in the table and no longer compiled; rerun with --update")
+    for name, by_architecture in found["kernels"].items():
+        for arch, resources in by_architecture.items():
+            where = f"{name}, {arch}"
+            for kind in ("stack", "local"):
+                if resources[kind]:
+                    failures.append(f"{where}: spills: {kind} memory of {resources[kind]} bytes")
+            allowed = table["kernels"].get(name, {}).get(arch)
+            if allowed is None:
+                failures.append(f"{where}: not in the table; rerun with --update")
+                continue
+            for kind in ("registers", "shared"):
+                if resources[kind] > allowed[kind]:
+                    text = f"{where}: {kind} {resources[kind]}, the table allows {allowed[kind]}"
+                    (failures if same else remarks).append(text)
+    return failures, remarks
+
+
+def render(report: Report) -> str:
+    """The table as text."""
+    lines = [
+        f"{'kernel':<42} {'target':<7} {'registers':>9} {'shared':>7} {'stack':>6} {'local':>6}"
+    ]
+    for name, by_architecture in report["kernels"].items():
+        for arch, r in by_architecture.items():
+            lines.append(
+                f"{name:<42} {arch:<7} {r['registers']:>9} {r['shared']:>7} {r['stack']:>6}"
+                f" {r['local']:>6}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--update", action="store_true", help="rewrite the table")
+    update = parser.parse_args().update
+    found = measure_all()
+    print(render(found))
+    table = found if update else json.loads(TABLE.read_text())
+    failures, remarks = compare(table, found)
+    for line in (*remarks, *failures):
+        print(line, file=sys.stderr)
+    if update and not failures:
+        TABLE.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""depthwise_conv3x3 in Triton: its kernels in the interpreter, its tiles, and the refusals."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsnet_kernels
+from dsnet_kernels import triton
+from dsnet_kernels.triton import MINIMUM_CAPABILITY, can_run, device_refusal
+
+TESTS = Path(__file__).parent
+
+with_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+not_interpreted = pytest.mark.skipif(
+    triton.INTERPRETED, reason="TRITON_INTERPRET=1 lets the CPU stand in for a GPU"
+)
+
+
+@with_triton
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider"]
+        + [str(TESTS / "interpreter" / "depthwise_conv3x3.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 60
+    assert "skipped" not in done.stdout
+
+
+def _path() -> str:
+    package = Path(dsnet_kernels.__file__).parent.parent
+    return os.pathsep.join([str(package), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = (
+        "import sys, torch\n"
+        "before = 'triton' in sys.modules\n"
+        "import dsnet_kernels as kernels\n"
+        "kernels.depthwise_conv3x3(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))\n"
+        "kernels.info()\n"
+        "print(before, 'triton' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": _path(), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
+
+
+# Refusals
+
+
+@not_interpreted
+def test_a_tensor_on_the_cpu_is_refused():
+    assert can_run(torch.zeros(1, 1, 1, 1)) == "x is on cpu, not on a GPU"
+
+
+@pytest.fixture
+def fresh_refusals():
+    device_refusal.cache_clear()
+    yield
+    device_refusal.cache_clear()
+
+
+class OnGpu:
+    """What ``can_run`` looks at of a tensor."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
+
+@not_interpreted
+def test_no_visible_gpu_is_a_reason(fresh_refusals, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert can_run(OnGpu()) == "x is on cuda:0 and torch sees no NVIDIA GPU"
+
+
+@not_interpreted
+@with_triton
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        (
+            (7, 5),
+            torch.float32,
+            "x is on cuda:0 of compute capability 7.5; Triton kernels need 8.0",
+        ),
+        ((8, 0), torch.float32, None),
+        ((9, 0), torch.bfloat16, None),
+        ((12, 0), torch.float16, None),
+        ((9, 0), torch.float64, "x is torch.float64; the kernel computes in float32, bfloat16"),
+    ],
+)
+def test_capability_and_dtype(fresh_refusals, monkeypatch, capability, dtype, reason):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = can_run(OnGpu(dtype))
+    assert found is None if reason is None else found.startswith(reason)
+    assert MINIMUM_CAPABILITY == (8, 0)
+
+
+def test_absence_is_a_reason(monkeypatch):
+    monkeypatch.setattr(triton, "REFUSAL", "triton is not installed")
+    x, weight = torch.zeros(1, 4, 3, 3), torch.zeros(4, 1, 3, 3)
+    with pytest.raises(dsnet_kernels.BackendUnavailable, match="triton: triton is not installed"):
+        dsnet_kernels.depthwise_conv3x3(x, weight, backend="triton")
+    assert "triton" not in dsnet_kernels.available_backends("depthwise_conv3x3")
+
+
+def test_a_triton_that_does_not_import_is_a_reason(fresh_refusals, monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    reason = can_run(torch.zeros(1, 1, 1, 1))
+    assert reason is not None
+    assert reason.startswith("triton does not import: ")
+
+
+# Tiles
+
+
+@with_triton
+@pytest.mark.parametrize("channels", [1, 3, 17, 20, 32, 64, 160, 256])
+@pytest.mark.parametrize(
+    "rest", [(0, 7, 7), (1, 1, 1), (64, 56, 56), (256, 7, 7), (1, 200, 333), (2**20, 3, 2**20)]
+)
+def test_programs_cover_every_pixel_once(channels, rest):
+    from dsnet_kernels.triton import depthwise_conv3x3 as kernels
+
+    batch, height, width = rest
+    shape = torch.Size((max(batch, 1), channels, height, width))
+    for launch in (
+        kernels.forward_launch(shape, torch.bfloat16),
+        kernels.forward_launch(shape, torch.float32),
+        kernels.backward_launch(shape),
+    ):
+        columns = shape[0] * width
+        assert (launch.groups - 1) * launch.block_channels < channels
+        assert launch.groups * launch.block_channels >= channels
+        assert (launch.strips - 1) * launch.rows < height <= launch.strips * launch.rows
+        assert launch.strips == 1 or launch.rows >= 8
+        assert (launch.column_blocks - 1) * launch.block_columns < columns
+        assert columns <= launch.column_blocks * launch.block_columns
+        assert 1 <= launch.column_programs <= launch.column_blocks
+        assert launch.programs < 2**31
+
+
+@with_triton
+def test_partial_sums_are_a_small_part_of_the_traffic():
+    from dsnet_kernels.triton import depthwise_conv3x3 as kernels
+
+    for channels, side in ((32, 56), (64, 28), (160, 14), (256, 7)):
+        shape = torch.Size((256, channels, side, side))
+        partials = 2 * kernels.backward_launch(shape).slots * kernels.GRADIENT_ROWS * channels * 4
+        assert partials < 0.04 * 3 * shape.numel() * 2
