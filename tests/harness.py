@@ -61,13 +61,16 @@ class Variant:
 
 
 def variants(operation: str) -> list[Variant]:
-    """Every backend that is usable here for the operation, but the reference."""
+    """Every backend but the reference that takes tensors on the CPU.
+
+    GPU kernels have files of their own, where an emulator or interpreter runs them.
+    """
     found = []
     for backend in dsnet_kernels.available_backends(operation):
         if backend == "cpu":
             introspection, _ = native.introspection()
             found += [Variant("cpu", name) for name in introspection.cpu_capabilities()]
-        elif backend != "reference":
+        elif backend not in ("reference", "triton"):
             found.append(Variant(backend))
     return found
 

@@ -188,15 +188,11 @@ def compare(table: Report, found: Report) -> tuple[list[str], list[str]]:
 
 def render(report: Report) -> str:
     """The table as text."""
-    lines = [
-        f"{'kernel':<42} {'target':<7} {'registers':>9} {'shared':>7} {'stack':>6} {'local':>6}"
-    ]
+    lines = [f"{'kernel':<42} {'target':<7}" + "".join(f"{kind:>10}" for kind in RESOURCES)]
     for name, by_architecture in report["kernels"].items():
-        for arch, r in by_architecture.items():
-            lines.append(
-                f"{name:<42} {arch:<7} {r['registers']:>9} {r['shared']:>7} {r['stack']:>6}"
-                f" {r['local']:>6}"
-            )
+        for arch, resources in by_architecture.items():
+            figures = "".join(f"{resources[kind]:>10}" for kind in RESOURCES)
+            lines.append(f"{name:<42} {arch:<7}{figures}")
     return "\n".join(lines)
 
 

@@ -20,8 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def device_refusal(device: torch.device) -> str | None:
-    """Why no Triton kernel runs on ``device``, or None."""
+def _device_refusal(device: torch.device) -> str | None:
     if not INTERPRETED:
         if device.type != "cuda":
             return f"x is on {device}, not on a GPU"
@@ -38,6 +37,11 @@ def device_refusal(device: torch.device) -> str | None:
     except Exception as error:  # A broken installation must not break the other backends.
         return f"triton does not import: {str(error).splitlines()[0] or type(error).__name__}"
     return None
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on ``device``, or None."""
+    return _device_refusal(device)
 
 
 # Dynamo calls it while tracing, as torch.compiler.assume_constant_result has it do; that decorator

@@ -97,11 +97,11 @@ def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Launch:
 def backward_launch(shape: torch.Size) -> Launch:
     """Four elements per thread, or 2 where C allows no vector: taps and sums of more would spill.
 
-    Limits: 4 programs for each of 132 multiprocessors, as more only leave more partial sums; three
-    or four of them share a multiprocessor's registers.
+    Limits: three programs share a multiprocessor's registers, so that 396 run at once on 132; more
+    only leave more partial sums.
     """
     per_thread, registers = (4, 168) if shape[1] % 4 == 0 else (2, 128)
-    return launch_for(shape, per_thread=per_thread, max_programs=4 * 132, registers=registers)
+    return launch_for(shape, per_thread=per_thread, max_programs=3 * 132, registers=registers)
 
 
 def _with_adjacent_channels(x: Tensor) -> Tensor:

@@ -216,6 +216,6 @@ def test_the_raw_operators_check_too(operator, args, error, message):
 
 def test_bfloat16_is_refused_with_the_reason():
     x, weight = X.bfloat16(), WEIGHT.bfloat16()
-    with pytest.raises(BackendUnavailable, match="triton: x is .*bfloat16.*interpreter"):
+    with pytest.raises(BackendUnavailable, match=r"triton: x is .*bfloat16.*interpreter"):
         depthwise_conv3x3(x, weight, backend="triton")
     assert explain("depthwise_conv3x3", x).chosen != "triton"
