@@ -121,6 +121,18 @@ def pack_of(*sizes: int) -> int:
     return math.gcd(8, *sizes)
 
 
+def _stride_pack(*tensors: Tensor) -> int:
+    """What divides strides and addresses, in elements."""
+    addresses = [x.data_ptr() // x.element_size() for x in tensors]
+    return pack_of(*addresses, *(stride for x in tensors for stride in _strides(x)))
+
+
+def registers_for(launch: Launch, pack: int, stride_pack: int) -> int:
+    """Past the launch's limit where C allows vectors and the layout does not: each element of a
+    thread then needs an address. Registers change no bit of a result."""
+    return launch.registers if stride_pack >= min(pack, 4) else 255
+
+
 def _check(x: Tensor, weight: Tensor, **optional: Tensor | None) -> None:
     checks.dims("x", x, "BCHW")
     if x.shape[1:].numel() == 0:
@@ -158,7 +170,7 @@ def forward(
         return out
     x = _with_adjacent_channels(x)
     batch, channels, height, width = x.shape
-    pack, stride_pack = pack_of(channels), pack_of(*_strides(x))
+    pack, stride_pack = pack_of(channels), _stride_pack(x)
     launch = forward_launch(x.shape, x.dtype)
     with torch.cuda.device_of(x):
         depthwise_conv3x3_forward[(launch.programs,)](
@@ -181,7 +193,7 @@ def forward(
             STRIDE_PACK=stride_pack,
             BLOCK_COLUMNS=launch.block_columns,
             BLOCK_CHANNELS=launch.block_channels,
-            maxnreg=launch.registers,
+            maxnreg=registers_for(launch, pack, stride_pack),
             **OPTIONS,
         )
     return out
@@ -209,7 +221,7 @@ def backward(
         return grad_x, x.new_zeros((GRADIENT_ROWS, channels), dtype=torch.float32)
     grad, x = _with_adjacent_channels(grad), _with_adjacent_channels(x)
     strides = [*_strides(grad), *_strides(x)]
-    pack, stride_pack = pack_of(channels), pack_of(*strides)
+    pack, stride_pack = pack_of(channels), _stride_pack(grad, x)
     launch = backward_launch(x.shape)
     partials = x.new_empty((launch.slots, GRADIENT_ROWS, channels), dtype=torch.float32)
     rows = x.new_empty((GRADIENT_ROWS, channels), dtype=torch.float32)
@@ -237,7 +249,7 @@ def backward(
             STRIDE_PACK=stride_pack,
             BLOCK_COLUMNS=launch.block_columns,
             BLOCK_CHANNELS=launch.block_channels,
-            maxnreg=launch.registers,
+            maxnreg=registers_for(launch, pack, stride_pack),
             **OPTIONS,
         )
         depthwise_conv3x3_sum_slots[(triton.cdiv(rows.numel(), SUM_BLOCK["BLOCK_VALUES"]),)](
