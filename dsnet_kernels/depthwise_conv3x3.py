@@ -52,7 +52,7 @@ native.LIBRARY.define(
 
 
 def _empty_channels_last(x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     strides = (height * width * channels, 1, width * channels, channels)
     return x.new_empty_strided(x.shape, strides)
 
