@@ -67,7 +67,7 @@ def variants(operation: str) -> list[Variant]:
         if backend == "cpu":
             introspection, _ = native.introspection()
             found += [Variant("cpu", name) for name in introspection.cpu_capabilities()]
-        elif backend != "reference":
+        elif backend != "reference" and torch.cuda.is_available():
             found.append(Variant(backend))
     return found
 

@@ -102,6 +102,19 @@ def test_small_integers_are_exact(variant, dtype):
 
 
 @on_every_variant
+@pytest.mark.parametrize("mean", [10, 1000])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_a_norm_that_takes_a_large_mean_away(variant, mean, residual):
+    """scale·x and shift cancel, as a BatchNorm's do where the mean is far above the deviation."""
+    (x, *parameters), kwargs = make((2, 33, 12, 9), torch.float32, generator(0))
+    scale = kwargs["scale"].abs() + 0.5
+    scale[:2] = torch.tensor([0.0, 1e-30])
+    shift = 0.1 * kwargs["shift"] - mean * scale
+    inputs = ((x + mean, *parameters), {"scale": scale, "shift": shift, "residual": residual})
+    compare(variant, inputs, 0)
+
+
+@on_every_variant
 @pytest.mark.parametrize("only", ["scale", "shift"])
 def test_half_an_affine(variant, only):
     args, kwargs = make((2, 12, 6, 6), torch.float32, generator(0))

@@ -2,6 +2,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -88,10 +89,17 @@ class Coefficients {
   std::vector<Row> values_;
 };
 
+// Where scale·x + shift is 0, or 0 where that is nowhere.
+template <typename Acc>
+Acc centre_of(Acc scale, Acc shift) {
+  const Acc quotient = -shift / scale;
+  return std::isfinite(quotient) ? quotient : Acc{0};
+}
+
 template <typename Acc>
 Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::DepthwiseShape& shape,
     const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, bool residual) {
+    const OptionalTensor& shift) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto b = values_of<Acc>("bias", bias, C, 0);
@@ -104,9 +112,12 @@ Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::Depthwi
       for (int v = 0; v < 3; ++v) {
         const bool outside = (u != 1 && shape.height == 1) || (v != 1 && shape.width == 1);
         tap[u][v] = outside ? Acc{0} : w[9 * c + 3 * u + v];
-        rows(3 * u + v, c) = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
+        rows(3 * u + v, c) = tap[u][v] * s[c];
       }
     }
+    const Acc centre = centre_of(s[c], t[c]);
+    const Acc rest = std::fma(s[c], centre, t[c]);
+    rows(18, c) = centre;
     // Sums over the taps inside the image: along each row of taps, then over the rows.
     Acc sums[3][3];
     for (int u = 0; u < 3; ++u) {
@@ -115,9 +126,9 @@ Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::Depthwi
       sums[u][2] = tap[u][0] + tap[u][1];
     }
     for (int v = 0; v < 3; ++v) {
-      rows(9 + v, c) = b[c] + t[c] * (sums[1][v] + sums[2][v]);
-      rows(12 + v, c) = b[c] + t[c] * (sums[0][v] + sums[1][v] + sums[2][v]);
-      rows(15 + v, c) = b[c] + t[c] * (sums[0][v] + sums[1][v]);
+      rows(9 + v, c) = b[c] + rest * (sums[1][v] + sums[2][v]);
+      rows(12 + v, c) = b[c] + rest * (sums[0][v] + sums[1][v] + sums[2][v]);
+      rows(15 + v, c) = b[c] + rest * (sums[0][v] + sums[1][v]);
     }
   }
   return rows;
@@ -134,7 +145,9 @@ Coefficients<cpu::DepthwiseBackward, Acc> backward_coefficients(const cpu::Depth
   for (int64_t c = 0; c < C; ++c) {
     for (int k = 0; k < 9; ++k) rows(k, c) = w[9 * c + k];
     rows(9, c) = s[c];
-    rows(10, c) = t[c];
+    const Acc centre = centre_of(s[c], t[c]);
+    rows(10, c) = centre;
+    rows(11, c) = std::fma(s[c], centre, t[c]);
   }
   return rows;
 }
@@ -166,10 +179,9 @@ Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTe
   const auto kernel = cpu::depthwise_forward(cpu::capability(), storage);
   with_accumulator(storage, [&](auto zero) {
     using Acc = decltype(zero);
-    const auto coefficients =
-        forward_coefficients<Acc>(shape, weight, bias, scale, shift, residual);
-    const cpu::DepthwiseForward args{
-        shape, pixels_of<cpu::Pixels>(source), coefficients.data(), out.mutable_data_ptr()};
+    const auto coefficients = forward_coefficients<Acc>(shape, weight, bias, scale, shift);
+    const cpu::DepthwiseForward args{shape, pixels_of<cpu::Pixels>(source), coefficients.data(),
+        shift.has_value(), residual, out.mutable_data_ptr()};
     torch::stable::parallel_for(
         0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
