@@ -1,9 +1,10 @@
 """Depthwise 3×3 convolution with an affine before it and a residual after it.
 
-On ``cpu`` the forward reads x once and writes the output once; the backward reads the output's
+The kernels' forward reads x once and writes the output once; their backward reads the output's
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
-``triton`` does the same on a GPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .backends import Operation, register, select
 from .reference import depthwise_conv3x3 as reference
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _cpu_can_run(x: Tensor) -> str | None:
@@ -24,12 +26,24 @@ def _cpu_can_run(x: Tensor) -> str | None:
     return None
 
 
+def _cuda_can_run(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, not on an NVIDIA GPU"
+    if x.dtype not in CUDA_DTYPES:
+        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+    return native.gpu_refusal(x.get_device())
+
+
 OPERATION = register(
     Operation(
         "depthwise_conv3x3",
         tensors=("x",),
-        present={"cpu": native.cpu_refusal, "triton": lambda: triton.REFUSAL},
-        can_run={"cpu": _cpu_can_run, "triton": triton.can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
+            "cuda": native.cuda_refusal,
+        },
+        can_run={"cpu": _cpu_can_run, "triton": triton.can_run, "cuda": _cuda_can_run},
     )
 )
 
@@ -38,7 +52,7 @@ NATIVE, TRITON = "depthwise_conv3x3", "depthwise_conv3x3_triton"
 
 
 def _empty_channels_last(x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     strides = (height * width * channels, 1, width * channels, channels)
     return x.new_empty_strided(x.shape, strides)
 
@@ -119,7 +133,7 @@ def depthwise_conv3x3(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: bool = False,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> Tensor:
     """out[b,c,i,j] = Σ_{u,v} w[c,u,v]·z[b,c,i+u−1,j+v−1] + bias[c] (+ x[b,c,i,j]).
 

@@ -276,6 +276,20 @@ def slices(dtype):
         yield f"offset {offset}", flat.view(1, 4, 5, 16).permute(0, 3, 1, 2)
 
 
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_a_norm_that_takes_a_large_mean_away(emulator, residual):
+    """scale·x and shift cancel; the error stays that of the reference in float32."""
+    x, grad, arguments = make_inputs((2, 12, 7, 6), torch.float32)
+    x = x + 1000
+    arguments["scale"][:2] = torch.tensor([0.0, 1e-30])
+    arguments["shift"] = 0.1 * arguments["shift"] - 1000 * arguments["scale"]
+    arguments["residual"] = residual
+    exact = oracle(x, grad, arguments)[0]
+    error = (forward(emulator, x, **arguments).double() - exact).abs().max()
+    allowed = (reference(x, **arguments).double() - exact).abs().max()
+    assert error <= 2 * allowed + 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_slices_and_offsets_are_read_in_place(emulator, dtype):
     names = set()

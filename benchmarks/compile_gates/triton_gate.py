@@ -75,7 +75,8 @@ def _depthwise(
     present = dict.fromkeys(parameters if affine else (), "fp32") | {"weight": "fp32"}
     pack = depthwise.pack_of(channels)
     stride_pack = 1 if unaligned else pack
-    packs = {"RESIDUAL": True, "PACK": pack, "STRIDE_PACK": stride_pack}
+    folds = depthwise.folds(dtype, "shift" if affine else None)
+    packs = {"RESIDUAL": True, "FOLD": folds, "PACK": pack, "STRIDE_PACK": stride_pack}
     for kernel, launch, activations in (
         (
             depthwise.depthwise_conv3x3_forward,

@@ -1,24 +1,19 @@
 // The operators on the CPU: checks, allocation, threads, registration with torch's stable ABI.
-#include "common/checks.h"
-#include "cpu/capability.h"
-#include "cpu/depthwise_conv3x3.h"
-#include "ops.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "bindings/arguments.h"
+#include "cpu/capability.h"
+#include "cpu/depthwise_conv3x3.h"
+
 namespace dsnet {
 namespace {
-
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
 
 cpu::Storage storage_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -29,21 +24,6 @@ cpu::Storage storage_of(const Tensor& x) {
       throw std::runtime_error(std::string("x: expected float32, bfloat16 or float64, got ") +
                                torch::headeronly::toString(x.scalar_type()));
   }
-}
-
-// Channels next to each other, as they are or copied to channels_last.
-Tensor with_adjacent_channels(const Tensor& x) {
-  if (x.stride(1) == 1 || x.size(1) == 1) return x;
-  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-cpu::Pixels pixels_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
-}
-
-Tensor empty_channels_last(const Tensor& like) {
-  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(),
-      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 template <typename Acc, typename T>
@@ -58,7 +38,9 @@ std::vector<Acc> values_of(
     const char* name, const OptionalTensor& parameter, int64_t count, Acc absent) {
   std::vector<Acc> values(static_cast<size_t>(count), absent);
   if (!parameter.has_value()) return values;
-  const Tensor contiguous = torch::stable::contiguous(*parameter);
+  // Asked first, since a call of torch costs more than all the values.
+  const Tensor contiguous =
+      parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
   switch (contiguous.scalar_type()) {
     case ScalarType::Float: widen<Acc, float>(contiguous, values.data()); break;
     case ScalarType::BFloat16:
@@ -87,25 +69,12 @@ void with_accumulator(cpu::Storage storage, const F& body) {
   }
 }
 
-cpu::DepthwiseShape check_depthwise(const Tensor& x, const Tensor& weight,
-    const OptionalTensor& scale, const OptionalTensor& shift) {
-  check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
-  const cpu::DepthwiseShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
-  check(shape.channels > 0 && shape.height > 0 && shape.width > 0,
-      "x: expected at least one channel and pixel, got ", shape_text(x.sizes()));
-  check_shape("weight", weight, {shape.channels, 1, 3, 3});
-  check_shape("scale", scale, {shape.channels});
-  check_shape("shift", shift, {shape.channels});
-  return shape;
-}
-
 // Coefficients in the kernels' layout, rows(k, c) set one by one.
 template <typename Args, typename Acc>
 class Coefficients {
  public:
   explicit Coefficients(int64_t channels)
-      : values_(
-            static_cast<size_t>((channels + lanes - 1) / lanes * lanes * Args::coefficient_rows)) {}
+      : values_(static_cast<size_t>((channels + lanes - 1) / lanes * Args::coefficient_rows)) {}
 
   Acc& operator()(int64_t k, int64_t c) {
     return values_[static_cast<size_t>(c / lanes * Args::coefficient_rows + k)].lane[c % lanes];
@@ -120,10 +89,17 @@ class Coefficients {
   std::vector<Row> values_;
 };
 
+// Where scale·x + shift is 0, or 0 where that is nowhere.
+template <typename Acc>
+Acc centre_of(Acc scale, Acc shift) {
+  const Acc quotient = -shift / scale;
+  return std::isfinite(quotient) ? quotient : Acc{0};
+}
+
 template <typename Acc>
 Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::DepthwiseShape& shape,
     const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, bool residual) {
+    const OptionalTensor& shift) {
   const int64_t C = shape.channels;
   const auto w = values_of<Acc>("weight", weight, 9 * C, 0);
   const auto b = values_of<Acc>("bias", bias, C, 0);
@@ -136,17 +112,23 @@ Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::Depthwi
       for (int v = 0; v < 3; ++v) {
         const bool outside = (u != 1 && shape.height == 1) || (v != 1 && shape.width == 1);
         tap[u][v] = outside ? Acc{0} : w[9 * c + 3 * u + v];
-        rows(3 * u + v, c) = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
+        rows(3 * u + v, c) = tap[u][v] * s[c];
       }
     }
-    for (int row_case = 0; row_case < 3; ++row_case) {
-      for (int column_case = 0; column_case < 3; ++column_case) {
-        Acc sum = 0;
-        for (int u = row_case == 0; u < 3 - (row_case == 2); ++u) {
-          for (int v = column_case == 0; v < 3 - (column_case == 2); ++v) sum += tap[u][v];
-        }
-        rows(9 + 3 * row_case + column_case, c) = b[c] + t[c] * sum;
-      }
+    const Acc centre = centre_of(s[c], t[c]);
+    const Acc rest = std::fma(s[c], centre, t[c]);
+    rows(18, c) = centre;
+    // Sums over the taps inside the image: along each row of taps, then over the rows.
+    Acc sums[3][3];
+    for (int u = 0; u < 3; ++u) {
+      sums[u][0] = tap[u][1] + tap[u][2];
+      sums[u][1] = tap[u][0] + tap[u][1] + tap[u][2];
+      sums[u][2] = tap[u][0] + tap[u][1];
+    }
+    for (int v = 0; v < 3; ++v) {
+      rows(9 + v, c) = b[c] + rest * (sums[1][v] + sums[2][v]);
+      rows(12 + v, c) = b[c] + rest * (sums[0][v] + sums[1][v] + sums[2][v]);
+      rows(15 + v, c) = b[c] + rest * (sums[0][v] + sums[1][v]);
     }
   }
   return rows;
@@ -163,7 +145,9 @@ Coefficients<cpu::DepthwiseBackward, Acc> backward_coefficients(const cpu::Depth
   for (int64_t c = 0; c < C; ++c) {
     for (int k = 0; k < 9; ++k) rows(k, c) = w[9 * c + k];
     rows(9, c) = s[c];
-    rows(10, c) = t[c];
+    const Acc centre = centre_of(s[c], t[c]);
+    rows(10, c) = centre;
+    rows(11, c) = std::fma(s[c], centre, t[c]);
   }
   return rows;
 }
@@ -185,8 +169,7 @@ void sum_slots(const Acc* partials, int64_t slots, int64_t values, Acc* out) {
 
 Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
-  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
-  check_shape("bias", bias, {shape.channels});
+  const auto shape = check_depthwise<cpu::DepthwiseShape>(x, weight, bias, scale, shift);
   const cpu::Storage storage = storage_of(x);
   Tensor out = empty_channels_last(x);
   if (shape.batch == 0) return out;
@@ -196,10 +179,9 @@ Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTe
   const auto kernel = cpu::depthwise_forward(cpu::capability(), storage);
   with_accumulator(storage, [&](auto zero) {
     using Acc = decltype(zero);
-    const auto coefficients =
-        forward_coefficients<Acc>(shape, weight, bias, scale, shift, residual);
-    const cpu::DepthwiseForward args{
-        shape, pixels_of(source), coefficients.data(), out.mutable_data_ptr()};
+    const auto coefficients = forward_coefficients<Acc>(shape, weight, bias, scale, shift);
+    const cpu::DepthwiseForward args{shape, pixels_of<cpu::Pixels>(source), coefficients.data(),
+        shift.has_value(), residual, out.mutable_data_ptr()};
     torch::stable::parallel_for(
         0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -208,11 +190,8 @@ Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTe
 
 std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const Tensor& x,
     const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
-  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
-  check_shape("grad", grad, {shape.batch, shape.channels, shape.height, shape.width});
-  check(grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
-      torch::headeronly::toString(x.scalar_type()), ", got ",
-      torch::headeronly::toString(grad.scalar_type()));
+  const auto shape = check_depthwise<cpu::DepthwiseShape>(x, weight, std::nullopt, scale, shift);
+  check_gradient(grad, x);
   const cpu::Storage storage = storage_of(x);
   Tensor grad_x = empty_channels_last(x);
   const bool wide = storage == cpu::Storage::float64;
@@ -235,8 +214,9 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const 
   with_accumulator(storage, [&](auto zero) {
     using Acc = decltype(zero);
     const auto coefficients = backward_coefficients<Acc>(shape, weight, scale, shift);
-    const cpu::DepthwiseBackward args{shape, pixels_of(grad_source), pixels_of(source),
-        coefficients.data(), residual, grad_x.mutable_data_ptr(), partials.mutable_data_ptr()};
+    const cpu::DepthwiseBackward args{shape, pixels_of<cpu::Pixels>(grad_source),
+        pixels_of<cpu::Pixels>(source), coefficients.data(), residual, grad_x.mutable_data_ptr(),
+        partials.mutable_data_ptr()};
     torch::stable::parallel_for(
         0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     sum_slots<Acc>(static_cast<const Acc*>(partials.const_data_ptr()), slots,

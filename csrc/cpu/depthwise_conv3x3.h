@@ -41,20 +41,25 @@ struct DepthwiseTasks {
 constexpr int64_t coefficient_lanes = 16;
 
 // Rows:
-//   forward   9 taps w·scale (centre + 1 with the residual), then 3 × 3 constants
-//             bias + shift·Σ w over the taps inside the image, for the first / an inner / the last
-//             row × column. A dimension of size 1 has its outer taps zeroed.
-//   backward  9 taps w, then scale, then shift.
+//   forward   9 taps w·scale, 3 × 3 constants bias + rest·Σ w over the taps inside the image, for
+//   the
+//             first / an inner / the last row × column, then the centre. A dimension of size 1 has
+//             its outer taps zeroed. scale·x + shift is taken as scale·(x − centre) + rest, with
+//             centre = −shift / scale and rest what rounding leaves: folding all of shift into the
+//             constants would round at |scale·x|, not at its sum with shift.
+//   backward  9 taps w, then scale, centre and rest.
 struct DepthwiseForward {
-  static constexpr int64_t coefficient_rows = 18;
+  static constexpr int64_t coefficient_rows = 19;
   DepthwiseShape shape;
   Pixels x;
   const void* coefficients;
+  bool is_centred;  // false: every centre is 0
+  bool residual;
   void* out;  // (B, H, W, C) contiguous
 };
 
 struct DepthwiseBackward {
-  static constexpr int64_t coefficient_rows = 11;
+  static constexpr int64_t coefficient_rows = 12;
   static constexpr int64_t gradient_rows = 12;  // 9 taps, bias, scale, shift
   DepthwiseShape shape;
   Pixels grad;

@@ -127,10 +127,11 @@ void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
     const Place place(task, shape, tasks);
     const Acc* coefficients = static_cast<const Acc*>(args.coefficients) +
                               coefficient_offset(place.channel_begin, coefficient_rows);
-    for_each_rows<forward_rows>(place, place.row_begin, [&](auto row_count, int64_t row) {
+    auto rows_of = [&](auto is_centred, auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       const int64_t out_stride = shape.width * C;
       const Rows<R, T> rows(args.x, shape, place, row);
+      const bool has_residual = args.residual;
       int constants[R];
       for (int i = 0; i < R; ++i) {
         constants[i] = 9 + 3 * (row + i == 0 ? 0 : row + i == shape.height - 1 ? 2 : 1);
@@ -142,22 +143,40 @@ void forward(const DepthwiseForward& args, int64_t begin, int64_t end) {
         constexpr int column_case = v_begin.value == 1 ? 0 : v_end.value == 2 ? 2 : 1;
         for_each_register<V>(place, [&](const auto& lanes, int64_t c) DSNET_INLINE {
           const Acc* coefficient = coefficients + coefficient_offset(c, coefficient_rows);
-          V sums[R];
+          V sums[R], direct[R];
           for (int i = 0; i < R; ++i) {
             sums[i] = V::load(coefficient + (constants[i] + column_case) * coefficient_lanes);
           }
           for (int v = v_begin.value; v < v_end.value; ++v) {
             V in[R + 2];
             rows.load(in, lanes, (j + v - 1) * rows.stride + c);
+            if (v == 1) {
+              for (int i = 0; i < R; ++i) direct[i] = in[i + 1];
+            }
+            if constexpr (is_centred.value) {
+              const V centre = V::load(coefficient + 18 * coefficient_lanes);
+              if (rows.has_first) in[0] = in[0] - centre;
+              for (int i = 1; i < R + 1; ++i) in[i] = in[i] - centre;
+              if (rows.has_last) in[R + 1] = in[R + 1] - centre;
+            }
             for (int u = 0; u < 3; ++u) {
               const V tap = V::load(coefficient + (3 * u + v) * coefficient_lanes);
               for (int i = 0; i < R; ++i) sums[i] = fma(tap, in[i + u], sums[i]);
             }
           }
           T* p = out + j * C + c;
-          for (int i = 0; i < R; ++i) lanes.store(sums[i], p + i * out_stride);
+          for (int i = 0; i < R; ++i) {
+            lanes.store(has_residual ? sums[i] + direct[i] : sums[i], p + i * out_stride);
+          }
         });
       });
+    };
+    for_each_rows<forward_rows>(place, place.row_begin, [&](auto row_count, int64_t row) {
+      if (args.is_centred) {
+        rows_of(Constant<1>{}, row_count, row);
+      } else {
+        rows_of(Constant<0>{}, row_count, row);
+      }
     });
   }
 }
@@ -197,11 +216,12 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
             (V::load(sums + k * coefficient_lanes) + value).store(sums + k * coefficient_lanes);
           };
           const V scale = V::load(coefficient + 9 * coefficient_lanes);
-          const V shift = V::load(coefficient + 10 * coefficient_lanes);
+          const V centre = V::load(coefficient + 10 * coefficient_lanes);
+          const V rest = V::load(coefficient + 11 * coefficient_lanes);
           V x[R], z[R], grad_z[R], direct[R];
           for (int i = 0; i < R; ++i) {
             x[i] = lanes.load(inputs.data[i + 1] + j * inputs.stride + c);
-            z[i] = fma(scale, x[i], shift);
+            z[i] = fma(scale, x[i] - centre, rest);
             grad_z[i] = V::zero();
           }
           for (int v = v_begin.value; v < v_end.value; ++v) {

@@ -85,6 +85,7 @@ struct VecF32 {
 
 inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline VecF32 operator-(VecF32 a, VecF32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 
 #elif defined(__AVX2__)
 
@@ -138,6 +139,7 @@ struct VecF32 {
 
 inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline VecF32 operator-(VecF32 a, VecF32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 
 #endif
 
@@ -177,6 +179,12 @@ inline VecGeneric<A> fma(VecGeneric<A> a, VecGeneric<A> b, VecGeneric<A> c) {
 template <typename A>
 inline VecGeneric<A> operator+(VecGeneric<A> a, VecGeneric<A> b) {
   for (int i = 0; i < VecGeneric<A>::size; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+template <typename A>
+inline VecGeneric<A> operator-(VecGeneric<A> a, VecGeneric<A> b) {
+  for (int i = 0; i < VecGeneric<A>::size; ++i) a.v[i] -= b.v[i];
   return a;
 }
 

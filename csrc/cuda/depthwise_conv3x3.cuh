@@ -87,6 +87,13 @@ DSNET_DEVICE void read_shared(const float* p, float (&out)[P]) {
 // Table of a block's channels: 9 taps w·scale (centre + 1 with the residual), then 3 × 3 constants
 // bias + shift·Σ w over the taps inside the image, for the first / an inner / the last row ×
 // column. A dimension of size 1 has its outer taps zeroed.
+//
+// For float32 a centre = −shift / scale follows: x enters as x − centre, and the constants hold
+// only what rounding leaves of shift. Folding all of shift into them would round at |scale·x|, not
+// at its sum with shift, which only storage in 16 bits hides; the residual is then added by itself.
+template <typename T>
+constexpr bool is_centred = sizeof(T) == 4;
+
 template <typename T>
 DSNET_DEVICE void fill_forward_table(
     const DepthwiseForward& args, int64_t first_channel, int channels, float* table) {
@@ -96,8 +103,14 @@ DSNET_DEVICE void fill_forward_table(
     const int64_t c = first_channel + i;
     if (c >= args.shape.channels) break;
     const float scale = detail::parameter_at<T>(args.scale, c, 1);
-    const float shift = detail::parameter_at<T>(args.shift, c, 0);
+    float shift = detail::parameter_at<T>(args.shift, c, 0);
     const float bias = detail::parameter_at<T>(args.bias, c, 0);
+    if constexpr (is_centred<T>) {
+      const float quotient = -shift / scale;
+      const float centre = fabsf(quotient) <= 3.4028234e38f ? quotient : 0.0f;
+      shift = fmaf(scale, centre, shift);
+      store_shared(table + 18 * channels + i, centre);
+    }
     float row_sums[3][3];  // tap row × column case
 #pragma unroll
     for (int u = 0; u < 3; ++u) {
@@ -107,7 +120,8 @@ DSNET_DEVICE void fill_forward_table(
         const bool outside =
             (u != 1 && args.shape.height == 1) || (v != 1 && args.shape.width == 1);
         taps[v] = outside ? 0.0f : detail::parameter_at<T>(args.weight, 9 * c + 3 * u + v, 0);
-        const float identity = args.residual && u == 1 && v == 1 ? 1.0f : 0.0f;
+        const bool has_identity = args.residual && !is_centred<T> && u == 1 && v == 1;
+        const float identity = has_identity ? 1.0f : 0.0f;
         store_shared(table + (3 * u + v) * channels + i, fmaf(taps[v], scale, identity));
       }
       row_sums[u][0] = taps[1] + taps[2];
@@ -133,7 +147,7 @@ constexpr int backward_blocks(int pack, size_t item) { return pack == 1 ? 5 : it
 template <typename T, int P>
 __global__ void __launch_bounds__(DepthwiseLaunch::threads, forward_blocks(P, sizeof(T)))
     depthwise_conv3x3_forward(const DepthwiseForward args, const DepthwiseLaunch l) {
-  __shared__ SharedArray<float, 18 * DepthwiseLaunch::max_block_channels> table_storage;
+  __shared__ SharedArray<float, 19 * DepthwiseLaunch::max_block_channels> table_storage;
   float* table = table_storage;
   const DepthwiseShape& shape = args.shape;
   const detail::Place place(l, shape);
@@ -146,6 +160,8 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, forward_blocks(P, si
   float taps[9][P];
 #pragma unroll
   for (int k = 0; k < 9; ++k) detail::read_shared(table + k * channels, taps[k]);
+  float centre[P];
+  if constexpr (is_centred<T>) detail::read_shared(table + 18 * channels, centre);
 
   const int64_t row_stride = shape.width * shape.channels;
   const int64_t step = l.column_blocks * l.threads_y;
@@ -175,6 +191,15 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, forward_blocks(P, si
         detail::load_three<T, P>(source, args.x.stride_column, has_left, has_right, next);
       }
       start(row + 1, below);
+      if constexpr (is_centred<T>) {
+#pragma unroll
+        for (int c = 0; c < P; ++c) {
+          if (args.residual) here[c] += in[1][c];
+          in[0][c] = has_left ? in[0][c] - centre[c] : 0.0f;
+          in[1][c] -= centre[c];
+          in[2][c] = has_right ? in[2][c] - centre[c] : 0.0f;
+        }
+      }
 #pragma unroll
       for (int v = 0; v < 3; ++v) {
         detail::add_product(taps[6 + v], in[v], above);

@@ -8,30 +8,19 @@ import os
 import torch
 from torch import Tensor
 
+from .. import native
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels on the CPU, in place of a GPU in tests."""
 
 REFUSAL = None if importlib.util.find_spec("triton") else "triton is not installed"
 """Why there is no Triton, or None."""
 
-MINIMUM_CAPABILITY = (8, 0)
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _device_refusal(device: torch.device) -> str | None:
-    if not INTERPRETED:
-        if device.type != "cuda":
-            return f"x is on {device}, not on a GPU"
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            return f"x is on {device} and torch sees no NVIDIA GPU"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MINIMUM_CAPABILITY:
-            found, needed = (".".join(map(str, v)) for v in (capability, MINIMUM_CAPABILITY))
-            return f"x is on {device} of compute capability {found}; Triton kernels need {needed}"
-    elif device.type not in ("cpu", "cuda"):
-        return f"x is on {device}; Triton's interpreter takes it on the CPU or a GPU"
+def _import_refusal() -> str | None:
     try:
         importlib.import_module("triton.language")
     except Exception as error:  # A broken installation must not break the other backends.
@@ -39,21 +28,21 @@ def _device_refusal(device: torch.device) -> str | None:
     return None
 
 
-def device_refusal(device: torch.device) -> str | None:
-    """Why no Triton kernel runs on ``device``, or None."""
-    return _device_refusal(device)
-
-
-# Dynamo calls it while tracing, as torch.compiler.assume_constant_result has it do; that decorator
-# would import all of torch._dynamo here.
-device_refusal._dynamo_marked_constant = True
+@native.constant_when_traced
+def import_refusal() -> str | None:
+    """Why Triton does not import, or None; imports it."""
+    return _import_refusal()
 
 
 def can_run(x: Tensor) -> str | None:
     """Why the kernels do not take ``x``, or None."""
-    reason = device_refusal(x.device)
-    if reason is None and x.dtype not in _DTYPES:
-        reason = f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
-    if reason is None and INTERPRETED and x.dtype == torch.bfloat16:
-        reason = "x is torch.bfloat16, which Triton's interpreter computes wrongly"
-    return reason
+    if not INTERPRETED and x.device.type != "cuda":
+        return f"x is on {x.device}, not on an NVIDIA GPU"
+    if INTERPRETED and x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}; Triton's interpreter takes it on the CPU or a GPU"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
+    reason = None if INTERPRETED else native.gpu_refusal(x.get_device())
+    return import_refusal() if reason is None else reason

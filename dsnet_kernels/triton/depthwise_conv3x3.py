@@ -127,9 +127,16 @@ def _stride_pack(*tensors: Tensor) -> int:
     return pack_of(*addresses, *(stride for x in tensors for stride in _strides(x)))
 
 
+def folds(dtype: torch.dtype, shift: object) -> bool:
+    """Whether the forward may fold the affine into taps and constants, which loses digits."""
+    return dtype != torch.float32 or shift is None
+
+
 def registers_for(launch: Launch, pack: int, stride_pack: int) -> int:
-    """Past the launch's limit where C allows vectors and the layout does not: each element of a
-    thread then needs an address. Registers change no bit of a result."""
+    """The launch's limit, but where C allows vectors and the layout does not.
+
+    Each element of a thread then needs an address. Registers change no bit of a result.
+    """
     return launch.registers if stride_pack >= min(pack, 4) else 255
 
 
@@ -189,6 +196,7 @@ def forward(
             launch.strips,
             launch.rows,
             RESIDUAL=residual,
+            FOLD=folds(x.dtype, shift),
             PACK=pack,
             STRIDE_PACK=stride_pack,
             BLOCK_COLUMNS=launch.block_columns,

@@ -73,12 +73,17 @@ def depthwise_conv3x3_forward(
     strips,
     rows,
     RESIDUAL: tl.constexpr,
+    FOLD: tl.constexpr,
     PACK: tl.constexpr,
     STRIDE_PACK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """out = DW3(scale·x + shift) + bias (+ x): each input row is added to three output rows."""
+    """out = DW3(scale·x + shift) + bias (+ x): each input row is added to three output rows.
+
+    FOLD takes scale and residual into the taps, shift into what a row's sum starts from. That
+    rounds at |scale·x|, not at its sum with shift, which only storage in 16 bits hides.
+    """
     i_slot = tl.program_id(0) // groups
     i_group = (tl.program_id(0) % groups).to(tl.int64)
     i_begin = (i_slot % strips).to(tl.int64) * rows
@@ -103,26 +108,32 @@ def depthwise_conv3x3_forward(
     w10, w11, w12 = _taps(weight + 3, o_c, m_c)
     w20, w21, w22 = _taps(weight + 6, o_c, m_c)
 
-    # What a row's sum starts from. The shift counts for taps inside the image only: those of the
-    # row below are added with that row, those of the row above are left out of the image's first.
+    b_scale = _parameter(scale, o_c, m_c, 1.0)
+    b_shift = _parameter(shift, o_c, m_c, 0.0)
     b_here = tl.zeros([BLOCK_COLUMNS, BLOCK_CHANNELS], tl.float32)
     b_here += _parameter(bias, o_c, m_c, 0.0)
     b_start = b_here
-    if shift is not None:
-        b_shift = _parameter(shift, o_c, m_c, 0.0)
-        b_from_above = b_shift * (tl.where(m_left, w00, 0.0) + w01 + tl.where(m_right, w02, 0.0))
-        b_from_here = b_shift * (tl.where(m_left, w10, 0.0) + w11 + tl.where(m_right, w12, 0.0))
-        b_from_below = b_shift * (tl.where(m_left, w20, 0.0) + w21 + tl.where(m_right, w22, 0.0))
-        b_here += b_from_here
-        b_start = b_here + b_from_above
-        b_here = tl.where(i_first > 0, b_start, b_here)
-    if scale is not None:
-        b_scale = _parameter(scale, o_c, m_c, 1.0)
+    if FOLD:
+        # The shift counts for taps inside the image only: those of the row below are added with
+        # that row, those of the row above are left out of the image's first.
+        if shift is not None:
+            b_shift_above = b_shift * (
+                tl.where(m_left, w00, 0.0) + w01 + tl.where(m_right, w02, 0.0)
+            )
+            b_shift_level = b_shift * (
+                tl.where(m_left, w10, 0.0) + w11 + tl.where(m_right, w12, 0.0)
+            )
+            b_shift_below = b_shift * (
+                tl.where(m_left, w20, 0.0) + w21 + tl.where(m_right, w22, 0.0)
+            )
+            b_here += b_shift_level
+            b_start = b_here + b_shift_above
+            b_here = tl.where(i_first > 0, b_start, b_here)
         w00, w01, w02 = w00 * b_scale, w01 * b_scale, w02 * b_scale
         w10, w11, w12 = w10 * b_scale, w11 * b_scale, w12 * b_scale
         w20, w21, w22 = w20 * b_scale, w21 * b_scale, w22 * b_scale
-    if RESIDUAL:
-        w11 += 1.0
+        if RESIDUAL:
+            w11 += 1.0
 
     o_x = o_b * (stride_batch.to(tl.int64) * STRIDE_PACK) + o_j * stride_column
     p_x = x + i_first * stride_row + o_x[:, None] + o_c[None, :]
@@ -146,9 +157,16 @@ def depthwise_conv3x3_forward(
         b_right = tl.load(p_x + stride_column, mask=m_right & has_next, other=0)
         b_ahead = tl.load(p_x + stride_row, mask=m & (i_row + 1 < i_last), other=0)
 
+        if FOLD:
+            if shift is not None:
+                b_above += b_shift_below
+        else:
+            if RESIDUAL:
+                b_here += b_x1
+            b_x0 = tl.where(m_left, tl.fma(b_scale, b_x0, b_shift), 0.0)
+            b_x1 = tl.fma(b_scale, b_x1, b_shift)
+            b_x2 = tl.where(m_right, tl.fma(b_scale, b_x2, b_shift), 0.0)
         b_above = _add_row(b_above, w20, w21, w22, b_x0, b_x1, b_x2)
-        if shift is not None:
-            b_above += b_from_below
         b_here = _add_row(b_here, w10, w11, w12, b_x0, b_x1, b_x2)
         b_below = _add_row(b_start, w00, w01, w02, b_x0, b_x1, b_x2)
         is_own = i_row > i_begin

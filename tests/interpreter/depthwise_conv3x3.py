@@ -4,10 +4,12 @@ Needs ``TRITON_INTERPRET=1`` before Triton is imported; ``test_depthwise_conv3x3
 this file so.
 """
 
+import numpy as np
 import pytest
 import torch
 from harness import Variant, assert_within_budget, evaluate, mapped, output_gradients
 from test_depthwise_conv3x3 import LAYOUTS, generator, make
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dsnet_kernels import BackendUnavailable, depthwise_conv3x3, explain
 from dsnet_kernels.reference import depthwise_conv3x3 as reference
@@ -32,6 +34,20 @@ SHAPES = (
 in_both_dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16], ids=["float32", "float16"]
 )
+
+
+@pytest.fixture(autouse=True)
+def fused_multiply_add(monkeypatch):
+    """Rounds an fma once, as a GPU does; the interpreter rounds its product as well."""
+
+    def create_fma(self, x, y, z):
+        assert x.data.dtype == np.float32
+        wide = np.float64
+        value = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+        with np.errstate(over="ignore"):
+            return TensorHandle(value.astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
 
 def run(inputs, grads):
@@ -60,6 +76,17 @@ def test_within_budget(dtype, shape, options):
 def test_half_an_affine(only):
     args, kwargs = make((2, 12, 6, 6), torch.float32, generator(0))
     compare((args, {only: kwargs[only], "residual": True}))
+
+
+@pytest.mark.parametrize("mean", [10, 1000])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+def test_a_norm_that_takes_a_large_mean_away(mean, residual):
+    """scale·x and shift cancel, as a BatchNorm's do where the mean is far above the deviation."""
+    (x, *parameters), kwargs = make((2, 33, 12, 9), torch.float32, generator(0))
+    scale = kwargs["scale"].abs() + 0.5
+    scale[:2] = torch.tensor([0.0, 1e-30])
+    shift = 0.1 * kwargs["shift"] - mean * scale
+    compare(((x + mean, *parameters), {"scale": scale, "shift": shift, "residual": residual}))
 
 
 @in_both_dtypes

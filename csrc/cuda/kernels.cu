@@ -1,0 +1,2 @@
+// Everything that nvcc compiles: each header defines the kernels and launchers of one operation.
+#include "cuda/depthwise_conv3x3.cuh"
