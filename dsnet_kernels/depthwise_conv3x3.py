@@ -70,8 +70,32 @@ def _(grad, x, weight, scale, shift, residual):
     return _empty_channels_last(x), x.new_empty((12, x.shape[1]), dtype=dtype)
 
 
+def _slices(info, in_dims, args):
+    """The arguments of each call that ``torch.vmap`` stands for."""
+    for i in range(info.batch_size):
+        yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+
+@torch.library.register_vmap("dsnet_kernels::depthwise_conv3x3")
+def _(info, in_dims, x, *others):
+    op = torch.ops.dsnet_kernels.depthwise_conv3x3
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+        x = x.movedim(in_dims[0], 0)
+        return op(x.flatten(0, 1), *others).unflatten(0, x.shape[:2]), 0
+    return torch.stack([op(*args) for args in _slices(info, in_dims, (x, *others))]), 0
+
+
+@torch.library.register_vmap("dsnet_kernels::depthwise_conv3x3_backward")
+def _(info, in_dims, *args):
+    op = torch.ops.dsnet_kernels.depthwise_conv3x3_backward
+    results = [op(*slices) for slices in _slices(info, in_dims, args)]
+    return tuple(torch.stack(result) for result in zip(*results, strict=True)), (0, 0)
+
+
 class _DepthwiseConv3x3(torch.autograd.Function):
     """The native kernels under autograd; saves x and the parameters, no activation of its own."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     @checks.with_signature
@@ -136,7 +160,8 @@ def depthwise_conv3x3(
         BackendUnavailable: if a named backend cannot run.
 
     Differentiable once in x, weight, bias, scale and shift on every backend (``"reference"``: to
-    any order); results and gradients do not depend on the number of threads.
+    any order), also under ``torch.func.vmap``; results and gradients do not depend on the number
+    of threads.
 
     Source: DS-Net (arXiv 2105.14734), section 3.1: the local stream, and the position encoding.
     """
@@ -155,4 +180,4 @@ def depthwise_conv3x3(
         return reference(x, weight, bias, scale=scale, shift=shift, residual=residual)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.dsnet_kernels.depthwise_conv3x3(x, weight, bias, scale, shift, residual)
-    return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual)
+    return _DepthwiseConv3x3.apply(*checks.distinct(x, weight, bias, scale, shift), residual)
