@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake; everything else about the package is in pyproject.toml.
 
-Environment: DSNET_NATIVE=0 installs the reference path alone; DSNET_WERROR=1 makes warnings
-errors; MAX_JOBS bounds parallel compilations; CXX names the compiler.
+Environment: DSNET_NATIVE=0 installs the reference path alone; DSNET_CUDA=auto, 0 or 1 builds the
+CUDA kernels where there is a toolkit, never, or insists; TORCH_CUDA_ARCH_LIST names their GPUs;
+DSNET_WERROR=1 makes warnings errors; MAX_JOBS bounds parallel compilations; CXX names the compiler.
 """
 
 import json
@@ -17,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "build_backend"))
+from cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
 from torch_location import find_torch  # noqa: E402
 
 
@@ -48,6 +50,12 @@ class CMakeBuild(build_ext):
             )
         import pybind11
 
+        toolkit = find_toolkit()
+        if isinstance(toolkit, Toolkit):
+            nvcc, architectures = toolkit.nvcc, toolkit.architectures
+            cuda = f"{toolkit.version} for {architectures.replace(';', ' ')}"
+        else:
+            nvcc, architectures, cuda = "", "", toolkit
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
@@ -63,6 +71,9 @@ class CMakeBuild(build_ext):
                 f"-DDSNET_PYBIND11_DIR={pybind11.get_include()}",
                 f"-DDSNET_PYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
                 f"-DDSNET_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+                f"-DDSNET_NVCC={nvcc}",
+                f"-DDSNET_CUDA_ARCHITECTURES={architectures}",
+                f"-DDSNET_CUDA_TEXT={cuda}",
                 f"-DDSNET_WERROR={'ON' if flag('DSNET_WERROR', False) else 'OFF'}",
             ],
             check=True,

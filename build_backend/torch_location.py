@@ -29,7 +29,11 @@ def find_torch() -> Torch | None:
 def _candidates() -> list[Path]:
     spec = importlib.util.find_spec("torch")
     found = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
+    folders = [
+        sysconfig.get_path("platlib"),
+        sysconfig.get_path("purelib"),
+        *site.getsitepackages(),
+    ]
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
     return found + [Path(folder) / "torch" for folder in folders]

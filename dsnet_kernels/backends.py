@@ -175,9 +175,7 @@ def available_backends(operation: str | None = None) -> tuple[str, ...]:
         ValueError: for an unknown operation.
     """
     chosen = OPERATIONS.values() if operation is None else (_operation(operation),)
-    return tuple(
-        name for name in BACKENDS if any(op.presence(name) is None for op in chosen)
-    )
+    return tuple(name for name in BACKENDS if any(op.presence(name) is None for op in chosen))
 
 
 def _operation(name: str) -> Operation:

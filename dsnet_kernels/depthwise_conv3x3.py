@@ -1,6 +1,6 @@
 """Depthwise 3×3 convolution with an affine before it and a residual after it.
 
-On ``cpu`` the forward reads x once and writes the output once; the backward reads the output's
+The kernels' forward reads x once and writes the output once; their backward reads the output's
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
 """
 
@@ -13,6 +13,7 @@ from .backends import Operation, register, select
 from .reference import depthwise_conv3x3 as reference
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _cpu_can_run(x: Tensor) -> str | None:
@@ -23,12 +24,20 @@ def _cpu_can_run(x: Tensor) -> str | None:
     return None
 
 
+def _cuda_can_run(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, not on an NVIDIA GPU"
+    if x.dtype not in CUDA_DTYPES:
+        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+    return native.gpu_refusal(x.get_device())
+
+
 OPERATION = register(
     Operation(
         "depthwise_conv3x3",
         tensors=("x",),
-        present={"cpu": native.cpu_refusal},
-        can_run={"cpu": _cpu_can_run},
+        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal},
+        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run},
     )
 )
 

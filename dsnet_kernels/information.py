@@ -35,7 +35,7 @@ def info() -> dict[str, Any]:
         "versions": {"dsnet-kernels": __version__, "torch": torch.__version__},
         "machine": machine,
         "build": native.build_record(),
-        "libraries": {"cpu": native.CPU.refusal, "_C": absent},
+        "libraries": {"cpu": native.CPU.refusal, "cuda": native.CUDA.refusal, "_C": absent},
         "operations": {
             name: {backend: op.presence(backend) for backend in BACKENDS}
             for name, op in OPERATIONS.items()

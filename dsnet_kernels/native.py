@@ -34,6 +34,14 @@ def _load(name: str) -> NativeLibrary:
     return NativeLibrary(name, path, None)
 
 
+def _load_cuda() -> NativeLibrary:
+    path = _FOLDER / "libdsnet_kernels_cuda.so"
+    if path.exists() and torch.version.cuda is None:
+        reason = f"torch {torch.__version__} was built without CUDA"
+        return NativeLibrary("cuda", path, reason)
+    return _load("cuda")
+
+
 def _load_cpu() -> NativeLibrary:
     library = _load("cpu")
     module, _ = introspection()
@@ -61,11 +69,26 @@ def introspection() -> tuple[ModuleType | None, str | None]:
 
 
 CPU = _load_cpu()
+CUDA = _load_cuda()
 
 
 def cpu_refusal() -> str | None:
     """Why the ``cpu`` library is not usable here, or None if it is."""
     return CPU.refusal
+
+
+def cuda_refusal() -> str | None:
+    """Why the ``cuda`` library is not usable here, or None if it is."""
+    return CUDA.refusal
+
+
+@torch.compiler.assume_constant_result
+def gpu_refusal(index: int) -> str | None:
+    """Why GPU ``index`` cannot run our kernels, or None: they need compute capability 8.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < (8, 0):
+        return f"GPU {index} has compute capability {major}.{minor}; the kernels need 8.0 or newer"
+    return None
 
 
 def build_record() -> dict | None:

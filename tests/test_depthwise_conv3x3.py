@@ -189,7 +189,9 @@ def test_infinities_and_subnormals_survive(variant, dtype):
     weight = torch.zeros(9, 1, 3, 3, dtype=dtype)
     weight[:, :, 1, 1] = 1
     tiny = torch.finfo(dtype).smallest_normal / 2
-    x = torch.tensor([float("inf"), -float("inf"), tiny, -tiny, 1, torch.finfo(dtype).max, 0, -1, 2])
+    x = torch.tensor(
+        [float("inf"), -float("inf"), tiny, -tiny, 1, torch.finfo(dtype).max, 0, -1, 2]
+    )
     x = x.to(dtype).view(1, 9, 1, 1)
     with variant.active(), torch.inference_mode():
         assert torch.equal(depthwise_conv3x3(x, weight), x)
@@ -293,8 +295,6 @@ def test_offsets_beyond_two_to_the_31_elements(variant):
     (x, *parameters), kwargs = inputs
     with variant.active():
         expected = evaluate(depthwise_conv3x3, inputs, grads)
-        got = evaluate(
-            depthwise_conv3x3, ((spread(x), *parameters), kwargs), [spread(grads[0])]
-        )
+        got = evaluate(depthwise_conv3x3, ((spread(x), *parameters), kwargs), [spread(grads[0])])
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name

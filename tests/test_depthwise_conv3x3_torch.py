@@ -213,9 +213,7 @@ def test_eight_threads_at_once(variant):
         results[i] = [evaluate(depthwise_conv3x3, inputs[i], [grads[i]]) for _ in range(20)]
 
     with variant.active():
-        expected = [
-            evaluate(depthwise_conv3x3, i, [g]) for i, g in zip(inputs, grads, strict=True)
-        ]
+        expected = [evaluate(depthwise_conv3x3, i, [g]) for i, g in zip(inputs, grads, strict=True)]
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
         for thread in threads:
             thread.start()
@@ -240,12 +238,22 @@ X, WEIGHT = torch.zeros(2, 4, 5, 5), torch.zeros(4, 1, 3, 3)
         ((X.cfloat(), WEIGHT), {}, TypeError, "x: expected one of float32"),
         ((X[..., :0], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 4, 5, 0\)"),
         ((X[:, 4:], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 0, 5, 5\)"),
-        ((X, WEIGHT[:3]), {}, ValueError, r"weight: expected shape \(4, 1, 3, 3\), got \(3, 1, 3, 3\)"),
+        (
+            (X, WEIGHT[:3]),
+            {},
+            ValueError,
+            r"weight: expected shape \(4, 1, 3, 3\), got \(3, 1, 3, 3\)",
+        ),
         ((X, torch.zeros(4, 1, 5, 5)), {}, ValueError, r"weight: expected shape .*\(4, 1, 5, 5\)"),
         ((X, WEIGHT, torch.zeros(3)), {}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
         ((X, WEIGHT), {"scale": torch.zeros(4, 1)}, ValueError, r"scale: expected shape \(4,\)"),
         ((X, WEIGHT), {"shift": 1.0}, TypeError, "shift: expected a Tensor, got float"),
-        ((X, WEIGHT.double()), {}, TypeError, "weight: expected torch.float32 .* got torch.float64"),
+        (
+            (X, WEIGHT.double()),
+            {},
+            TypeError,
+            "weight: expected torch.float32 .* got torch.float64",
+        ),
         ((X.bfloat16(), WEIGHT.half()), {}, TypeError, "weight: expected torch.bfloat16 or"),
         ((X, WEIGHT.to("meta")), {}, ValueError, "weight: expected the device of x, cpu, got meta"),
     ],

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +18,9 @@ from dsnet import cli
 from dsnet.macs import count_macs
 from dsnet.variants import PUBLIC_REDUCTION, VARIANTS
 from dsnet_kernels.backends import OPERATIONS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import readme_results  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -175,19 +179,24 @@ def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
         assert names["y"].shape == names["x"].shape
         assert dsnet_kernels.current_backend() == ("auto",)
     printed = capsys.readouterr().out
-    if "cpu" in dsnet_kernels.available_backends("depthwise_conv3x3"):
-        assert printed == shown
+    available = dsnet_kernels.available_backends("depthwise_conv3x3")
+    if "cpu" in available:
+        # Without a CUDA build of torch the last line gives that reason.
+        cut = None if "cuda" in available else shown.index("  not cuda: ")
+        assert printed.startswith(shown[:cut])
     else:
         assert printed.startswith("depthwise_conv3x3: reference (requested: auto)\n  not cpu: ")
 
 
 def test_environment_variables_are_those_that_are_read():
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp")]
+    sources = [ROOT / "setup.py", *(ROOT / "build_backend").rglob("*.py")]
+    sources += (ROOT / "csrc").rglob("*.cpp")
     sources += [*(ROOT / "dsnet").rglob("*.py"), *(ROOT / "dsnet_kernels").rglob("*.py")]
     reading = re.compile(r'(?:environ\.get\(|environ\[|getenv\(|\bflag\()\s*["\'](\w+)["\']')
     read = {name for path in sources for name in reading.findall(path.read_text("utf-8"))}
     # CMake reads CXX.
-    assert {row[0] for row in table("variable")} == read | {"CXX"}
+    shown = {name for row in table("variable") for name in re.findall(r"\w+", row[0])}
+    assert shown == read | {"CXX"}
 
 
 def test_set_up_is_two_commands():
@@ -197,7 +206,6 @@ def test_set_up_is_two_commands():
     ]
 
 
-def test_results_have_their_place():
-    place = "\n## Results\n\n<!-- results:begin -->\n<!-- results:end -->\n\n## "
-    assert README.count(place) == 1
-    assert README.count("<!-- results:") == 2
+def test_results_are_rendered_from_the_record():
+    text = DOCUMENTS["README.md"]
+    assert readme_results.updated(text) == text

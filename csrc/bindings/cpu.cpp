@@ -1,24 +1,18 @@
 // The operators on the CPU: checks, allocation, threads, registration with torch's stable ABI.
-#include "common/checks.h"
-#include "cpu/capability.h"
-#include "cpu/depthwise_conv3x3.h"
-#include "ops.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "bindings/arguments.h"
+#include "cpu/capability.h"
+#include "cpu/depthwise_conv3x3.h"
+
 namespace dsnet {
 namespace {
-
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
 
 cpu::Storage storage_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -29,21 +23,6 @@ cpu::Storage storage_of(const Tensor& x) {
       throw std::runtime_error(std::string("x: expected float32, bfloat16 or float64, got ") +
                                torch::headeronly::toString(x.scalar_type()));
   }
-}
-
-// Channels next to each other, as they are or copied to channels_last.
-Tensor with_adjacent_channels(const Tensor& x) {
-  if (x.stride(1) == 1 || x.size(1) == 1) return x;
-  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-cpu::Pixels pixels_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
-}
-
-Tensor empty_channels_last(const Tensor& like) {
-  return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device(),
-      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 template <typename Acc, typename T>
@@ -85,18 +64,6 @@ void with_accumulator(cpu::Storage storage, const F& body) {
   } else {
     body(float{});
   }
-}
-
-cpu::DepthwiseShape check_depthwise(const Tensor& x, const Tensor& weight,
-    const OptionalTensor& scale, const OptionalTensor& shift) {
-  check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
-  const cpu::DepthwiseShape shape{x.size(0), x.size(1), x.size(2), x.size(3)};
-  check(shape.channels > 0 && shape.height > 0 && shape.width > 0,
-      "x: expected at least one channel and pixel, got ", shape_text(x.sizes()));
-  check_shape("weight", weight, {shape.channels, 1, 3, 3});
-  check_shape("scale", scale, {shape.channels});
-  check_shape("shift", shift, {shape.channels});
-  return shape;
 }
 
 // Coefficients in the kernels' layout, rows(k, c) set one by one.
@@ -185,8 +152,7 @@ void sum_slots(const Acc* partials, int64_t slots, int64_t values, Acc* out) {
 
 Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
-  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
-  check_shape("bias", bias, {shape.channels});
+  const auto shape = check_depthwise<cpu::DepthwiseShape>(x, weight, bias, scale, shift);
   const cpu::Storage storage = storage_of(x);
   Tensor out = empty_channels_last(x);
   if (shape.batch == 0) return out;
@@ -199,7 +165,7 @@ Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTe
     const auto coefficients =
         forward_coefficients<Acc>(shape, weight, bias, scale, shift, residual);
     const cpu::DepthwiseForward args{
-        shape, pixels_of(source), coefficients.data(), out.mutable_data_ptr()};
+        shape, pixels_of<cpu::Pixels>(source), coefficients.data(), out.mutable_data_ptr()};
     torch::stable::parallel_for(
         0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -208,11 +174,8 @@ Tensor depthwise_conv3x3(const Tensor& x, const Tensor& weight, const OptionalTe
 
 std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const Tensor& x,
     const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
-  const cpu::DepthwiseShape shape = check_depthwise(x, weight, scale, shift);
-  check_shape("grad", grad, {shape.batch, shape.channels, shape.height, shape.width});
-  check(grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
-      torch::headeronly::toString(x.scalar_type()), ", got ",
-      torch::headeronly::toString(grad.scalar_type()));
+  const auto shape = check_depthwise<cpu::DepthwiseShape>(x, weight, std::nullopt, scale, shift);
+  check_gradient(grad, x);
   const cpu::Storage storage = storage_of(x);
   Tensor grad_x = empty_channels_last(x);
   const bool wide = storage == cpu::Storage::float64;
@@ -235,8 +198,9 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const 
   with_accumulator(storage, [&](auto zero) {
     using Acc = decltype(zero);
     const auto coefficients = backward_coefficients<Acc>(shape, weight, scale, shift);
-    const cpu::DepthwiseBackward args{shape, pixels_of(grad_source), pixels_of(source),
-        coefficients.data(), residual, grad_x.mutable_data_ptr(), partials.mutable_data_ptr()};
+    const cpu::DepthwiseBackward args{shape, pixels_of<cpu::Pixels>(grad_source),
+        pixels_of<cpu::Pixels>(source), coefficients.data(), residual, grad_x.mutable_data_ptr(),
+        partials.mutable_data_ptr()};
     torch::stable::parallel_for(
         0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     sum_slots<Acc>(static_cast<const Acc*>(partials.const_data_ptr()), slots,

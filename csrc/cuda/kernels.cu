@@ -1,2 +1,2 @@
-// Every CUDA kernel: the one translation unit that nvcc compiles.
+// Everything that nvcc compiles: each header defines the kernels and launchers of one operation.
 #include "cuda/depthwise_conv3x3.cuh"

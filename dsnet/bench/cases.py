@@ -15,6 +15,8 @@ from dsnet.block import stream_widths
 from dsnet.model import REDUCTIONS
 from dsnet.variants import PAPER_REDUCTION, VARIANTS
 
+from .row import BASELINES, EAGER_BASELINES
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -59,6 +61,7 @@ class Case:
         constants: the other arguments.
         flops: of the forward and of the backward; a multiplication and an addition are two.
         elements: read and written by the forward and by the backward, each activation once.
+        baselines: compared with unless the user names others.
     """
 
     operation: str
@@ -69,6 +72,7 @@ class Case:
     elements: Callable[[Stage], tuple[int, int]]
     activations: tuple[str, ...] = ("x",)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    baselines: tuple[str, ...] = BASELINES
 
     def tensors(self, stage: Stage, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         """Random arguments rounded to ``dtype``, 4-D activations in ``channels_last``."""
@@ -120,6 +124,8 @@ CASES = (
         formula="x + conv(x)",
         shapes=lambda s: _depthwise_shapes(s.batch, s.channels, s.grid, affine=False),
         constants={"residual": True},
+        # Compiling takes longer than all timing: by default once per stage and direction, above.
+        baselines=EAGER_BASELINES,
         flops=lambda s: (19 * _pixels(s) * s.channels, 38 * _pixels(s) * s.channels),
         elements=lambda s: (2 * _pixels(s) * s.channels, 3 * _pixels(s) * s.channels),
     ),

@@ -14,12 +14,11 @@ from .cases import CASES, stages
 from .check import Check, both, check_directions, check_errors
 from .ops import explain
 from .report import Row
-from .row import Contender, run_row
+from .row import EAGER_BASELINES, Contender, run_row
 
 BUDGET = {"inference": 4.5, "training": 17.0}
 """Seconds of timing per row: six rounds at batch 8 on two cores."""
 
-EAGER = ("eager_nchw", "eager_channels_last")
 
 LEARNING_RATE = 1e-4
 
@@ -32,7 +31,7 @@ def model_row(
     dtype: torch.dtype,
     training: bool,
     backends: Sequence[str],
-    baselines: Sequence[str] = EAGER,
+    baselines: Sequence[str] = EAGER_BASELINES,
     budget: float | None = None,
 ) -> Row:
     """Times inference of ``name``, or its training step: forward, loss, backward, AdamW.
@@ -55,7 +54,7 @@ def model_row(
     exact = create_model(name, dtype=torch.float64, backend="reference").train(training)
     # The oracle starts from the weights as the others have them, rounded.
     exact.load_state_dict({key: _rounded(value, dtype) for key, value in state.items()})
-    eager = [build(variant, "baseline") for variant in EAGER]
+    eager = [build(variant, "baseline") for variant in EAGER_BASELINES]
     contenders = [entry for entry in eager if entry.name in baselines]
     if "compile" in baselines:
         contenders.append(build("compile", "baseline"))

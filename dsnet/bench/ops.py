@@ -109,7 +109,7 @@ def op_row(
     dtype: torch.dtype,
     backward: bool,
     backends: Sequence[str],
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] | None = None,
     budget: float | None = None,
 ) -> Row:
     """Times ``case`` at ``stage``, the forward alone or forward and backward."""
@@ -118,7 +118,7 @@ def op_row(
     eager = [baseline(name, case, inputs) for name in ("eager_nchw", "eager_channels_last")]
     exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     flops, moved = case.work(stage, dtype, backward)
-    contenders = [baseline(name, case, inputs) for name in baselines]
+    contenders = [baseline(name, case, inputs) for name in baselines or case.baselines]
     contenders += [ours(name, case, inputs) for name in backends]
     with torch.inference_mode(not backward):
         references = [contender.values() for contender in eager]

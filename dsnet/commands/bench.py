@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines",
         choices=list(BASELINES),
         nargs="+",
-        help="the reference in these forms (default: operations all three, networks the first two)",
+        help="the reference in these forms (default: the eager two, and compile for the operations"
+        " with an affine)",
     )
     parser.add_argument(
         "--mode",

@@ -11,11 +11,12 @@ def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """scale·x + shift per channel of (B, C, H, W), rounded once to x's dtype."""
     if scale is None and shift is None:
         return x
-    z = x
-    if scale is not None:
-        z = z * scale.view(-1, 1, 1)
-    if shift is not None:
-        z = z + shift.view(-1, 1, 1)
+    if shift is None:
+        z = x * scale.view(-1, 1, 1)
+    elif scale is None:
+        z = x + shift.view(-1, 1, 1)
+    else:
+        z = torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
     return z.to(x.dtype)
 
 
