@@ -29,8 +29,8 @@ DESCRIPTION = (
     " 3: a depthwise convolution. The global stream, right, passes 4: bilinear downsampling and"
     " 5: self-attention. 6: co-attention lets each stream read the other. 7: upsampling,"
     " concatenation and a 1×1 convolution join them, adding the result of step 1. 8: an MLP."
-    " Steps 1 and 3 are fused operations with a native kernel on cpu and cuda; 5 to 8 are one operation"
-    " each, on its unfused reference path; 2 and 4 are plain PyTorch."
+    " Steps 1 and 3 are fused operations with a native kernel; 5 to 8 are one operation each,"
+    " on its unfused reference path; 2 and 4 are plain PyTorch."
 )
 
 WIDTH = 920
@@ -167,7 +167,7 @@ def legend(y: float) -> str:
     rows = [
         (
             "native",
-            "one fused operation, native kernel (cpu, cuda)",
+            "one fused operation, native kernel",
             "DW3: depthwise 3×3 convolution",
         ),
         ("reference", "one operation, reference path (unfused)", "BN: BatchNorm · LN: LayerNorm"),

@@ -1,5 +1,7 @@
 """The DS-Block: two streams, self-attention, co-attention and an MLP."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,9 @@ class DropPath(nn.Module):
 class GlobalAttention(nn.Module):
     """Parameters of the global stream's self-attention: LayerNorm and one projection to Q, K, V."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, backend: str | None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, dropout: float, backend: str | Sequence[str] | None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -80,7 +84,7 @@ class CoAttention(nn.Module):
         dim: int,
         num_heads: int,
         dropout: float,
-        backend: str | None,
+        backend: str | Sequence[str] | None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -120,7 +124,7 @@ class CoAttention(nn.Module):
 class DepthwiseConv(nn.Module):
     """x + DW3(x), or x + DW3(BN(x)) with ``norm``."""
 
-    def __init__(self, dim: int, norm: bool, backend: str | None) -> None:
+    def __init__(self, dim: int, norm: bool, backend: str | Sequence[str] | None) -> None:
         super().__init__()
         self.backend = backend
         self.norm = nn.BatchNorm2d(dim) if norm else None
@@ -142,7 +146,7 @@ class DepthwiseConv(nn.Module):
 class PointwiseMlp(nn.Module):
     """x + fc2(GELU(fc1(BN(x)))) of 1×1 convolutions."""
 
-    def __init__(self, dim: int, ratio: float, backend: str | None) -> None:
+    def __init__(self, dim: int, ratio: float, backend: str | Sequence[str] | None) -> None:
         super().__init__()
         self.backend = backend
         hidden = int(dim * ratio)
@@ -204,7 +208,7 @@ class DSBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         attn_drop: float = 0.0,
-        backend: str | None = None,
+        backend: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if global_reduction < 1:

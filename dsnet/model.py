@@ -76,7 +76,7 @@ class DSNet(nn.Module):
         drop_path_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_rate: float = 0.0,
-        backend: str | None = None,
+        backend: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         _check_per_stage("global_reduction", global_reduction)
@@ -310,7 +310,7 @@ def create_model(
     drop_rate: float = 0.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     model_ema: bool = False,

@@ -93,7 +93,23 @@ def _from_environment() -> tuple[str, ...]:
         return ("auto",)
 
 
+AUTO_DEVICE = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+"""Where ``"auto"`` tries a backend at all; the reference runs anywhere."""
+
+
+def _expand(names: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
+    """(backend, chosen by auto) in the order of trial."""
+    expanded: list[tuple[str, bool]] = []
+    for name in names:
+        if name == "auto":
+            expanded.extend((candidate, True) for candidate in PREFERENCE)
+        else:
+            expanded.append((name, False))
+    return tuple(expanded)
+
+
 _current: tuple[str, ...] = _from_environment()
+_current_candidates = _expand(_current)
 
 
 class backend:  # noqa: N801 - reads as a function at its place of use
@@ -117,17 +133,19 @@ class backend:  # noqa: N801 - reads as a function at its place of use
     """
 
     def __init__(self, names: str | Sequence[str]) -> None:
-        global _current
-        chosen = _normalise(names, "backend")
         self._previous = _current
-        _current = chosen
+        _set_current(_normalise(names, "backend"))
 
     def __enter__(self) -> "backend":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        global _current
-        _current = self._previous
+        _set_current(self._previous)
+
+
+def _set_current(names: tuple[str, ...]) -> None:
+    global _current, _current_candidates
+    _current, _current_candidates = names, _expand(names)
 
 
 def current_backend() -> tuple[str, ...]:
@@ -136,15 +154,7 @@ def current_backend() -> tuple[str, ...]:
 
 
 def _candidates(names: str | Sequence[str] | None) -> tuple[tuple[str, bool], ...]:
-    """(backend, chosen by auto) in the order of trial."""
-    chosen = _current if names is None else _normalise(names, "backend")
-    expanded: list[tuple[str, bool]] = []
-    for name in chosen:
-        if name == "auto":
-            expanded.extend((candidate, True) for candidate in PREFERENCE)
-        else:
-            expanded.append((name, False))
-    return tuple(expanded)
+    return _current_candidates if names is None else _expand(_normalise(names, "backend"))
 
 
 def select(operation: Operation, names: str | Sequence[str] | None, *tensors: Tensor) -> str:
@@ -154,7 +164,10 @@ def select(operation: Operation, names: str | Sequence[str] | None, *tensors: Te
         BackendUnavailable: if none of the named backends can; the message gives each reason.
     """
     candidates = _candidates(names)
+    device = tensors[0].device.type
     for name, by_auto in candidates:
+        if by_auto and AUTO_DEVICE.get(name, device) != device:
+            continue
         if operation.reason_against(name, *tensors) is not None:
             continue
         if by_auto and operation.reason_to_avoid(name, *tensors) is not None:

@@ -1,5 +1,7 @@
 """Bidirectional co-attention between the local and the global stream."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import checks
@@ -28,7 +30,7 @@ def co_attention(
     local_shift: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(local + Linear(softmax(Q_l·K_gᵀ/√d)·V_g), global_ + Linear(softmax(Q_g·K_lᵀ/√d)·V_l)).
 

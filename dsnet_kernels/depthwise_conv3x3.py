@@ -4,6 +4,8 @@ The kernels' forward reads x once and writes the output once; their backward rea
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -52,7 +54,7 @@ native.LIBRARY.define(
 
 
 def _empty_channels_last(x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     strides = (height * width * channels, 1, width * channels, channels)
     return x.new_empty_strided(x.shape, strides)
 
@@ -105,7 +107,7 @@ def depthwise_conv3x3(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: bool = False,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> Tensor:
     """out[b,c,i,j] = Σ_{u,v} w[c,u,v]·z[b,c,i+u−1,j+v−1] + bias[c] (+ x[b,c,i,j]).
 

@@ -1,5 +1,7 @@
 """Self-attention among the global tokens, with its LayerNorm and residual."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import checks
@@ -19,7 +21,7 @@ def global_attention(
     *,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> Tensor:
     """x + concat_h softmax(Q_h·K_hᵀ/√d)·V_h with [Q, K, V] = LN(x)·W_qkvᵀ + b_qkv.
 

@@ -1,5 +1,7 @@
 """The block's MLP of two 1×1 convolutions, with its normalisation and residual."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import checks
@@ -19,7 +21,7 @@ def pointwise_mlp(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     branch_scale: Tensor | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> Tensor:
     """x + branch_scale·(W₂·GELU(W₁·(scale·x + shift) + b₁) + b₂) at every pixel.
 

@@ -1,5 +1,7 @@
 """Upsampling of the global stream, concatenation with the local one, and their 1×1 mixing."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import checks
@@ -17,7 +19,7 @@ def upsample_concat(
     residual: Tensor | None = None,
     *,
     branch_scale: Tensor | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> Tensor:
     """residual + branch_scale·Conv1×1(concat[local, bilinear(global_ → H×W)]).
 

@@ -265,7 +265,7 @@ def test_the_budget_catches(variant, fault):
             out = depthwise_conv3x3(x.roll(1, dims=2), weight, bias, **kwargs)
         else:
             out = depthwise_conv3x3(x, weight.flip(0), bias, **kwargs)
-    with pytest.raises(AssertionError, match="budget|cosine"):
+    with pytest.raises(AssertionError, match=r"budget|cosine"):
         assert_within_budget({"out0": out}, same_dtype, oracle)
 
 

@@ -20,7 +20,7 @@ from dsnet.variants import PUBLIC_REDUCTION, VARIANTS
 from dsnet_kernels.backends import OPERATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import readme_results  # noqa: E402
+from benchmarks import readme_results
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")}

@@ -37,7 +37,9 @@ std::vector<Acc> values_of(
     const char* name, const OptionalTensor& parameter, int64_t count, Acc absent) {
   std::vector<Acc> values(static_cast<size_t>(count), absent);
   if (!parameter.has_value()) return values;
-  const Tensor contiguous = torch::stable::contiguous(*parameter);
+  // Asked first, since a call of torch costs more than all the values.
+  const Tensor contiguous =
+      parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
   switch (contiguous.scalar_type()) {
     case ScalarType::Float: widen<Acc, float>(contiguous, values.data()); break;
     case ScalarType::BFloat16:
@@ -71,8 +73,7 @@ template <typename Args, typename Acc>
 class Coefficients {
  public:
   explicit Coefficients(int64_t channels)
-      : values_(
-            static_cast<size_t>((channels + lanes - 1) / lanes * lanes * Args::coefficient_rows)) {}
+      : values_(static_cast<size_t>((channels + lanes - 1) / lanes * Args::coefficient_rows)) {}
 
   Acc& operator()(int64_t k, int64_t c) {
     return values_[static_cast<size_t>(c / lanes * Args::coefficient_rows + k)].lane[c % lanes];
@@ -106,14 +107,17 @@ Coefficients<cpu::DepthwiseForward, Acc> forward_coefficients(const cpu::Depthwi
         rows(3 * u + v, c) = tap[u][v] * s[c] + (residual && u == 1 && v == 1 ? 1 : 0);
       }
     }
-    for (int row_case = 0; row_case < 3; ++row_case) {
-      for (int column_case = 0; column_case < 3; ++column_case) {
-        Acc sum = 0;
-        for (int u = row_case == 0; u < 3 - (row_case == 2); ++u) {
-          for (int v = column_case == 0; v < 3 - (column_case == 2); ++v) sum += tap[u][v];
-        }
-        rows(9 + 3 * row_case + column_case, c) = b[c] + t[c] * sum;
-      }
+    // Sums over the taps inside the image: along each row of taps, then over the rows.
+    Acc sums[3][3];
+    for (int u = 0; u < 3; ++u) {
+      sums[u][0] = tap[u][1] + tap[u][2];
+      sums[u][1] = tap[u][0] + tap[u][1] + tap[u][2];
+      sums[u][2] = tap[u][0] + tap[u][1];
+    }
+    for (int v = 0; v < 3; ++v) {
+      rows(9 + v, c) = b[c] + t[c] * (sums[1][v] + sums[2][v]);
+      rows(12 + v, c) = b[c] + t[c] * (sums[0][v] + sums[1][v] + sums[2][v]);
+      rows(15 + v, c) = b[c] + t[c] * (sums[0][v] + sums[1][v]);
     }
   }
   return rows;
