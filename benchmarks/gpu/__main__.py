@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .phases import LIMITS, run_phase
 from .record import Record, native_sources
-from .summary import render
 
 ENVIRONMENT_LIMIT = 60.0
 
@@ -40,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
             print(f"  {phase.status}, {phase.seconds:.1f} s. {phase.detail or ''}", flush=True)
             phases.append(phase)
-            # After the build, whose libraries it reports; before the next phase, which may hang.
+            # From here on the libraries may be loaded: the build, which replaces them, comes first.
+            from .summary import render
+
             facts = facts or _facts(Path(scratch), args.dry_run)
             record = Record(
                 dry_run=args.dry_run,

@@ -25,9 +25,7 @@ def _event_sample() -> Sample:
     buffer = torch.zeros(EVICTION_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def sample(call: Callable[[], object], repeats: int) -> float:
-        pairs = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)
-        ]
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in pairs:
             # Reading leaves no lines to write back, as writing would.
             buffer.amax()

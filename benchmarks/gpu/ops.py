@@ -1,4 +1,4 @@
-"""Every operation forward and backward at the stages of tiny, launched one by one and as a graph."""
+"""Every operation forward and backward at the stages of tiny, call by call and as a graph."""
 
 import dataclasses
 import time
@@ -8,6 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+import dsnet_kernels
 from dsnet.bench.cases import CASES, Case, Stage, stages
 from dsnet.bench.check import Check, both, check_directions, check_errors
 from dsnet.bench.ops import Inputs, baseline, explain, make_inputs, ours
@@ -55,6 +56,9 @@ def _stream(tensor: Tensor) -> int:
 def run(context: Context) -> str | None:
     # The backward of a compiled forward is timed many times over one forward.
     torch._functorch.config.donated_buffer = False
+    if context.dry_run:
+        # Compiling would take longer than all the rest, and be no GPU's compiler.
+        torch.compiler.set_stance("force_eager")
     batches, size = (DRY["batches"], DRY["size"]) if context.dry_run else (BATCHES, SIZE)
     timed = timer(context.device)
     context.results["rows"] = rows = []
@@ -64,9 +68,7 @@ def run(context: Context) -> str | None:
             for stage in stages(MODEL, batch, size):
                 for backward in (False, True):
                     start = time.monotonic()
-                    # A compiler for each dry row would take longer than all the rest.
-                    compiles = not context.dry_run or (stage.number == 1 and not backward)
-                    found = op_rows(case, stage, context.device, timed, backward, compiles)
+                    found = op_rows(case, stage, context.device, timed, backward)
                     rows += [dataclasses.asdict(row) for row in found]
                     failures += [_title(row) for row in found if row.failed()]
                     context.write()
@@ -84,7 +86,6 @@ def op_rows(
     device: str,
     timed: Callable[..., dict],
     backward: bool,
-    compiles: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Row]:
     """Two rows of the same work: launched call by call, and replayed as a graph."""
@@ -93,8 +94,7 @@ def op_rows(
         inputs = BackwardInputs(inputs.tensors, inputs.grad)
     leading = inputs.tensors[case.activations[0]]
     exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
-    names = [name for name in case.baselines if compiles or name in EAGER_BASELINES]
-    contenders = [baseline(name, case, inputs) for name in names]
+    contenders = [baseline(name, case, inputs) for name in case.baselines]
     contenders.append(native(case, inputs))
     backends = our_backends(case.operation, device)
     contenders += [ours(name, case, inputs) for name in backends]
@@ -136,8 +136,6 @@ def our_backends(operation: str, device: str) -> Sequence[str]:
     """On a GPU its two, usable or not: the row says what is against one. The CPU stands in."""
     if device == "cuda":
         return BACKENDS
-    import dsnet_kernels
-
     available = dsnet_kernels.available_backends(operation)
     return [next(name for name in ("cpu", "reference") if name in available)]
 
@@ -156,7 +154,10 @@ def native(case: Case, inputs: Inputs) -> Contender:
 def graphed(contender: Contender, inputs: Inputs, device: str) -> Contender:
     """The same as a CUDA graph, captured with the first call; its values are those of a replay."""
     replay = cache(lambda: captured(contender.call, device))
-    call = lambda: replay()()  # noqa: E731 - as short as what it wraps
+
+    def call() -> object:
+        return replay()()
+
     return dataclasses.replace(
         contender, call=call, values=lambda: inputs.values(call), compiles=False
     )

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, and every operation's own with its ``cuda`` and ``triton`` backends."""
+"""The tests that need a GPU, and the operations' own with the GPU's backends."""
 
 import shlex
 import subprocess
@@ -15,22 +15,27 @@ OPTIONS = ["-q", "-p", "no:cacheprovider", "--strict-markers", "-ra"]
 NOTHING_COLLECTED = 5  # pytest's exit status
 
 
-def selections() -> dict[str, list[str]]:
-    """pytest's arguments by what they select."""
-    files = sorted(
-        str(path.relative_to(ROOT))
-        for operation in OPERATIONS
-        for path in (ROOT / "tests").glob(f"test_{operation}*.py")
+STAND_INS = ("_cuda", "_triton")
+"""Endings of the files that run a backend's kernels in the emulator or the interpreter."""
+
+
+def selections(dry_run: bool) -> dict[str, list[str]]:
+    """pytest's arguments by what they select; in a dry run also the GPU's stand-ins."""
+    found = sorted(
+        path for name in OPERATIONS for path in (ROOT / "tests").glob(f"test_{name}*.py")
     )
-    return {
+    files = [str(p.relative_to(ROOT)) for p in found if not p.stem.endswith(STAND_INS)]
+    stand_ins = [str(p.relative_to(ROOT)) for p in found if p.stem.endswith(STAND_INS)]
+    chosen = {
         "gpu": ["-m", "gpu", "tests"],
         "operations": [*files, "-m", "not gpu", "-k", "cuda or triton"],
     }
+    return chosen | ({"stand-ins": stand_ins} if dry_run else {})
 
 
 def run(context: Context) -> str | None:
     problems = []
-    for name, arguments in selections().items():
+    for name, arguments in selections(context.dry_run).items():
         report = context.result.with_name(f"{name}.xml")
         extra = ["--collect-only"] if context.dry_run else [f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *arguments, *OPTIONS, *extra]
@@ -39,13 +44,13 @@ def run(context: Context) -> str | None:
         counts = {"exit_status": code} | (counted(report) if report.exists() else {})
         context.results[name] = counts
         context.write()
-        problem = _problem(code, counts, context.dry_run)
-        if problem:
-            problems.append(f"{name}: {problem}")
+        found = problem(code, counts, context.dry_run)
+        if found:
+            problems.append(f"{name}: {found}")
     return "; ".join(problems) or None
 
 
-def _problem(code: int, counts: dict[str, int], dry_run: bool) -> str | None:
+def problem(code: int, counts: dict[str, int], dry_run: bool) -> str | None:
     if dry_run:
         # Collecting is all that can be tried; a selection may be empty without a GPU's backends.
         return None if code in (0, NOTHING_COLLECTED) else f"pytest ended with status {code}"
