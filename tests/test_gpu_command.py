@@ -372,5 +372,5 @@ def test_dry_run_shows_the_sanitizers_commands_and_collects_the_tests(dry):
     assert re.search(r"^\d+ calls forward and backward on cpu$", log, re.MULTILINE)
     collected = found.phase("tests").results
     assert collected["gpu"] == {"exit_status": 0}
-    assert collected["stand-ins"] == {"exit_status": 0}
+    assert collected["operations"] == {"exit_status": 0}
     assert "test_replayed_graph_computes_anew" in (folder / "tests.log").read_text()
