@@ -26,7 +26,7 @@ TABLE = Path(__file__).with_suffix(".json")
 CACHE = ROOT / ".cache" / "nvcc"
 
 ARCHITECTURES = ("80", "90", "100")
-FLAGS = ("-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c")
+FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c")
 
 
 class GateError(Exception):
