@@ -189,12 +189,17 @@ def write_table(version: str, kernels: Kernels, path: Path = TABLE) -> None:
     for kernel in sorted(kernels):
         lines = ",\n".join(
             f"   {json.dumps(target)}: {json.dumps(dataclasses.asdict(resources))}"
-            for target, resources in kernels[kernel].items()
+            for target, resources in sorted(kernels[kernel].items(), key=_architecture)
         )
         blocks.append(f"  {json.dumps(kernel)}: {{\n{lines}\n  }}")
     body = ",\n".join(blocks)
     text = f'{{\n "nvcc": {json.dumps(version)},\n "kernels": {{\n{body}\n }}\n}}\n'
     path.write_text(text, "utf-8")
+
+
+def _architecture(entry: tuple[str, Resources]) -> int:
+    """90 of ``("sm_90", …)``; nvcc's threads report the targets in any order."""
+    return int(entry[0].removeprefix("sm_"))
 
 
 def _run(command: list[str]) -> str:
