@@ -1,5 +1,6 @@
 """The DS-Block: two streams, self-attention, co-attention and an MLP."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -191,7 +192,8 @@ class DSBlock(nn.Module):
         backend: of every operation in the block; None follows :class:`dsnet_kernels.backend`.
 
     Raises:
-        ValueError: for widths that do not split into the heads, or a probability outside [0, 1).
+        ValueError: for widths that do not split into the heads, an unknown backend, or a number
+            out of its range.
 
     Source: DS-Net (arXiv 2105.14734), section 3.
     """
@@ -211,8 +213,16 @@ class DSBlock(nn.Module):
         backend: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if global_reduction < 1:
-            raise ValueError(f"global_reduction: expected at least 1, got {global_reduction}")
+        widths = {"dim": dim, "num_heads": num_heads, "global_reduction": global_reduction}
+        for name, value in widths.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 1 <= dim * mlp_ratio < math.inf:
+            raise ValueError(
+                f"mlp_ratio: expected at least one hidden channel at width {dim}, got {mlp_ratio}"
+            )
+        if backend is not None:
+            kernels.backends._normalise(backend, "backend")
         kernels.checks.probability("attn_drop", attn_drop)
         self.dim = dim
         self.global_reduction = global_reduction

@@ -60,6 +60,7 @@ def _run(argv: list[str]) -> int:
     prog, debug = "dsnet", "--debug" in argv
     try:
         args = _parser().parse_args(argv)
+        args.argv = argv
         prog, debug = args.prog, args.debug
         return args.run(args)
     except BrokenPipeError:

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsnet_kernels import checks
+
 from .block import DSBlock
 from .variants import PAPER_REDUCTION, VARIANTS, Variant
 
 STAGES = 4
+NUM_CLASSES = 1000
 REDUCTIONS = (4, 8, 16, 32)
 
 
@@ -65,7 +68,7 @@ class DSNet(nn.Module):
         self,
         variant: Variant,
         *,
-        num_classes: int = 1000,
+        num_classes: int = NUM_CLASSES,
         in_chans: int = 3,
         global_pool: str = "avg",
         alpha: float = 0.5,
@@ -80,7 +83,11 @@ class DSNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_per_stage("global_reduction", global_reduction)
-        _check_per_stage("co_attention_dim", co_attention_dim)
+        if co_attention_dim is not None:
+            _check_per_stage("co_attention_dim", co_attention_dim)
+        checks.probability("drop_path_rate", drop_path_rate)
+        checks.probability("attn_drop_rate", attn_drop_rate)
+        checks.probability("drop_rate", drop_rate)
         if in_chans < 1:
             raise ValueError(f"in_chans: expected at least 1, got {in_chans}")
         _check_head(num_classes, global_pool)
@@ -273,25 +280,28 @@ class DSNetFeatures(DSNet):
 
     def __init__(self, variant: Variant, *, out_indices: Sequence[int] | None = None, **kwargs):
         super().__init__(variant, num_classes=0, **kwargs)
-        self.out_indices = self.prune_intermediate_layers(out_indices, prune_norm=True)
+        take = stage_indices(out_indices, STAGES, "out_indices")
+        self.out_indices = self.prune_intermediate_layers(take, prune_norm=True)
         self.feature_info = FeatureInfo(self.feature_info[i] for i in self.out_indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.forward_intermediates(x, self.out_indices, intermediates_only=True)
 
 
-def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+def stage_indices(
+    indices: int | Sequence[int] | None, stages: int, name: str = "indices"
+) -> list[int]:
     """Sorted stage numbers: None is all, an int the last so many, negatives count from the end."""
     if indices is None:
         return list(range(stages))
     if isinstance(indices, int):
         if not 1 <= indices <= stages:
-            raise ValueError(f"indices: expected a count between 1 and {stages}, got {indices}")
+            raise ValueError(f"{name}: expected a count between 1 and {stages}, got {indices}")
         return list(range(stages - indices, stages))
     indices = list(indices)
     if not indices or any(not -stages <= i < stages for i in indices):
         raise ValueError(
-            f"indices: expected stages between -{stages} and {stages - 1}, got {indices}"
+            f"{name}: expected stages between -{stages} and {stages - 1}, got {indices}"
         )
     return sorted({i % stages for i in indices})
 
@@ -300,7 +310,7 @@ def create_model(
     name: str,
     *,
     weights: str | None = None,
-    num_classes: int = 1000,
+    num_classes: int = NUM_CLASSES,
     in_chans: int = 3,
     alpha: float = 0.5,
     alignment: bool = True,
@@ -339,6 +349,10 @@ def create_model(
         raise ValueError(f"name: expected one of {', '.join(VARIANTS)}, got {name!r}")
     if out_indices is not None and not features_only:
         raise ValueError("out_indices: only with features_only=True")
+    if features_only and num_classes != NUM_CLASSES:
+        raise ValueError(f"num_classes: only without features_only=True, got {num_classes}")
+    if model_ema and weights is None:
+        raise ValueError("model_ema: only with weights")
     checkpoint_file = None
     if weights is not None:
         from .checkpoint import read_checkpoint
@@ -347,6 +361,8 @@ def create_model(
         checkpoint_file.expect_variant(name)
         if global_reduction is None:
             global_reduction = checkpoint_file.global_reduction
+    if global_reduction is None:
+        global_reduction = PAPER_REDUCTION
     cls: Callable[..., DSNet] = DSNet
     if features_only:
         cls, kwargs["out_indices"] = DSNetFeatures, out_indices
@@ -358,7 +374,7 @@ def create_model(
             in_chans=in_chans,
             alpha=alpha,
             alignment=alignment,
-            global_reduction=global_reduction or PAPER_REDUCTION,
+            global_reduction=global_reduction,
             drop_path_rate=drop_path_rate,
             attn_drop_rate=attn_drop_rate,
             drop_rate=drop_rate,
@@ -371,9 +387,10 @@ def create_model(
     return model
 
 
-def _check_per_stage(name: str, values: Sequence[int] | None) -> None:
-    if values is not None and (len(values) != STAGES or any(v < 1 for v in values)):
-        raise ValueError(f"{name}: expected {STAGES} numbers of at least 1, got {tuple(values)}")
+def _check_per_stage(name: str, values: Sequence[int]) -> None:
+    numbers = isinstance(values, Sequence) and all(type(v) is int and v >= 1 for v in values)
+    if not numbers or len(values) != STAGES:
+        raise ValueError(f"{name}: expected {STAGES} numbers of at least 1, got {values!r}")
 
 
 def _check_head(num_classes: int, global_pool: str) -> None:

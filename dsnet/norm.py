@@ -9,10 +9,12 @@ def batch_norm_affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     scale = weight / √(var + eps), shift = bias − mean·scale, with the running statistics in
     evaluation and the batch's own, differentiably, in training, where the running ones are then
-    updated as the module itself would (``SyncBatchNorm`` over its process group included).
+    updated as the module itself would (``SyncBatchNorm`` over its process group included). A frozen
+    BatchNorm, such as torchvision's and timm's, has its running statistics in training as well.
 
     Args:
-        norm: ``BatchNorm2d`` or ``SyncBatchNorm``.
+        norm: ``BatchNorm2d``, ``SyncBatchNorm``, or a frozen one: a module with ``running_mean``,
+            ``running_var``, ``weight``, ``bias`` and ``eps`` but no ``momentum``.
         x: (B, C, H, W).
 
     Returns:
@@ -22,18 +24,31 @@ def batch_norm_affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: for another module.
         ValueError: in training, if a channel has a single value.
     """
-    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        raise TypeError(f"norm: expected BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
+    frozen = not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    if frozen and not _is_frozen_batch_norm(norm):
+        raise TypeError(
+            "norm: expected BatchNorm2d or SyncBatchNorm, or a frozen one without activation,"
+            f" got {type(norm).__name__}"
+        )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if norm.training or norm.running_mean is None:
+    if not frozen and (norm.training or norm.running_mean is None):
         mean, var = _batch_statistics(norm, x.to(dtype))
     else:
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     scale = torch.rsqrt(var + norm.eps)
-    if norm.affine:
+    if frozen or norm.affine:
         scale = scale * norm.weight.to(dtype)
         return scale, norm.bias.to(dtype) - mean * scale
     return scale, -mean * scale
+
+
+def _is_frozen_batch_norm(norm: nn.Module) -> bool:
+    if hasattr(norm, "momentum") or not hasattr(norm, "eps"):
+        return False
+    if not isinstance(getattr(norm, "act", None), (type(None), nn.Identity)):
+        return False
+    names = ("running_mean", "running_var", "weight", "bias")
+    return all(isinstance(getattr(norm, name, None), Tensor) for name in names)
 
 
 def _batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

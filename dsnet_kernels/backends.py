@@ -115,6 +115,8 @@ _current_candidates = _expand(_current)
 class backend:  # noqa: N801 - reads as a function at its place of use
     """``backend(name_or_list)`` sets the backend; used with ``with``, only inside the block.
 
+    An object may be kept and its block entered again, also within itself.
+
     The setting is process-wide, as that of :func:`torch.nn.attention.sdpa_kernel` is, so that
     autograd and data-loading threads see the same choice.
 
@@ -133,14 +135,21 @@ class backend:  # noqa: N801 - reads as a function at its place of use
     """
 
     def __init__(self, names: str | Sequence[str]) -> None:
-        self._previous = _current
-        _set_current(_normalise(names, "backend"))
+        self._names = _normalise(names, "backend")
+        self._before: tuple[str, ...] | None = _current
+        self._restored: list[tuple[str, ...]] = []
+        _set_current(self._names)
 
     def __enter__(self) -> "backend":
+        # The first block also ends what the constructor began, if that is still in force.
+        first = self._before is not None and _current is self._names
+        self._restored.append(self._before if first else _current)
+        self._before = None
+        _set_current(self._names)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _set_current(self._previous)
+        _set_current(self._restored.pop())
 
 
 def _set_current(names: tuple[str, ...]) -> None:

@@ -19,7 +19,9 @@ def dims(name: str, tensor: Tensor, layout: str) -> None:
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """``tensor`` has one of the floating-point types the operations compute in."""
+    """``tensor`` is strided and has one of the floating-point types the operations compute in."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected layout torch.strided, got {tensor.layout}")
     if tensor.dtype not in FLOATING:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name}: expected one of {expected}, got {tensor.dtype}")
@@ -88,6 +90,16 @@ def with_signature(function: Callable) -> Callable:
     """Stores the signature that ``autograd.Function.apply`` otherwise recomputes at every call."""
     function.__signature__ = inspect.signature(function)
     return function
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Aliases repeats under ``torch.compile``, whose autograd functions refuse one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    ]
 
 
 def autocast(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The kernels' forward reads x once and writes the output once; their backward rea
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,24 @@ def _fake_backward(grad, x, weight, scale, shift, residual):
     return _empty_channels_last(x), x.new_empty((12, x.shape[1]), dtype=dtype)
 
 
+def _slices(info, in_dims, args):
+    """The arguments of each call that ``torch.vmap`` stands for."""
+    for i in range(info.batch_size):
+        yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+
+def _vmap(op, info, in_dims, x, *others):
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+        x = x.movedim(in_dims[0], 0)
+        return op(x.flatten(0, 1), *others).unflatten(0, x.shape[:2]), 0
+    return torch.stack([op(*args) for args in _slices(info, in_dims, (x, *others))]), 0
+
+
+def _vmap_backward(op, info, in_dims, *args):
+    results = [op(*slices) for slices in _slices(info, in_dims, args)]
+    return tuple(torch.stack(result) for result in zip(*results, strict=True)), (0, 0)
+
+
 for _name in (NATIVE, TRITON):
     native.LIBRARY.define(
         f"{_name}(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
@@ -75,8 +94,15 @@ for _name in (NATIVE, TRITON):
         f"{_name}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift,"
         " bool residual) -> (Tensor, Tensor)"
     )
-    torch.library.register_fake(f"dsnet_kernels::{_name}", _fake)
-    torch.library.register_fake(f"dsnet_kernels::{_name}_backward", _fake_backward)
+    for _op_name, _fake_rule, _vmap_rule in (
+        (_name, _fake, _vmap),
+        (f"{_name}_backward", _fake_backward, _vmap_backward),
+    ):
+        _op = getattr(torch.ops.dsnet_kernels, _op_name)
+        torch.library.register_fake(f"dsnet_kernels::{_op_name}", _fake_rule)
+        torch.library.register_vmap(
+            f"dsnet_kernels::{_op_name}", functools.partial(_vmap_rule, _op)
+        )
 
 
 def _triton(*args):
@@ -98,6 +124,8 @@ for _key in ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",):
 
 class _DepthwiseConv3x3(torch.autograd.Function):
     """A raw operator under autograd; saves x and the parameters, no activation of its own."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     @checks.with_signature
@@ -162,7 +190,8 @@ def depthwise_conv3x3(
         BackendUnavailable: if a named backend cannot run.
 
     Differentiable once in x, weight, bias, scale and shift on every backend (``"reference"``: to
-    any order); results and gradients do not depend on the number of threads.
+    any order), also under ``torch.func.vmap``; results and gradients do not depend on the number
+    of threads.
 
     Source: DS-Net (arXiv 2105.14734), section 3.1: the local stream, and the position encoding.
     """
@@ -184,4 +213,4 @@ def depthwise_conv3x3(
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(x, weight, bias, scale, shift, residual)
-    return _DepthwiseConv3x3.apply(x, weight, bias, scale, shift, residual, name)
+    return _DepthwiseConv3x3.apply(*checks.distinct(x, weight, bias, scale, shift), residual, name)

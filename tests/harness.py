@@ -61,16 +61,13 @@ class Variant:
 
 
 def variants(operation: str) -> list[Variant]:
-    """Every backend but the reference that takes tensors on the CPU.
-
-    GPU kernels have files of their own, where an emulator or interpreter runs them.
-    """
+    """Every backend that is usable here for the operation, but the reference."""
     found = []
     for backend in dsnet_kernels.available_backends(operation):
         if backend == "cpu":
             introspection, _ = native.introspection()
             found += [Variant("cpu", name) for name in introspection.cpu_capabilities()]
-        elif backend not in ("reference", "triton"):
+        elif backend != "reference" and torch.cuda.is_available():
             found.append(Variant(backend))
     return found
 

@@ -70,6 +70,30 @@ def test_a_block_restores_after_an_exception():
     assert current_backend() == ("auto",)
 
 
+def test_a_kept_object_sets_and_restores_at_every_use():
+    kept = dsnet_kernels.backend("reference")
+    for surrounding in ("auto", "auto", "cpu"):
+        if surrounding != "auto":
+            dsnet_kernels.backend(surrounding)
+        with kept:
+            assert current_backend() == ("reference",)
+            assert select(OPERATION, None, X) == "reference"
+        assert current_backend() == (surrounding,)
+
+
+def test_a_kept_object_nests_in_others_and_in_itself():
+    kept = dsnet_kernels.backend("reference")
+    with dsnet_kernels.backend("cpu"):
+        with kept:
+            with dsnet_kernels.backend("cuda"), kept:
+                with kept:
+                    assert current_backend() == ("reference",)
+                assert current_backend() == ("reference",)
+            assert current_backend() == ("reference",)
+        assert current_backend() == ("cpu",)
+    assert current_backend() == ("reference",)
+
+
 def test_the_setting_is_seen_by_every_thread():
     seen = []
     with dsnet_kernels.backend("reference"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dsnet_kernels
+from dsnet import cli
 from dsnet.bench import cases, models, ops, report, row, table, timing
 from dsnet.bench.check import check_directions, check_errors
 from dsnet.bench.suite import Settings, tasks
@@ -251,7 +252,9 @@ def test_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
 def parse(*arguments):
     parser = argparse.ArgumentParser(prog=bench.NAME)
     bench.add_arguments(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.argv = [bench.NAME, *arguments]
+    return args
 
 
 @pytest.mark.parametrize(
@@ -265,6 +268,8 @@ def parse(*arguments):
         (["--size", "64x64x3"], "of at least 32 pixels, got '64x64x3'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--backends", "mps"], "invalid choice: 'mps'"),
+        (["--backends", "cuda"], "cuda takes no CPU tensors, which this benchmark times"),
+        (["--backends", "cpu", "triton"], "triton takes no CPU tensors"),
         (["--baselines", "onnx"], "invalid choice: 'onnx'"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
     ],
@@ -292,12 +297,18 @@ def test_unwritable_result_is_refused_before_measuring(path, message, tmp_path, 
         bench.run(parse("--json", str(tmp_path / path)))
 
 
+def test_empty_name_of_the_result_is_refused(monkeypatch):
+    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="--json: expected a file or -, got ''"):
+        bench.run(parse("--json", ""))
+
+
 def test_absent_backend_is_refused_with_its_reason(monkeypatch):
-    states = {"operations": {"op": {"cuda": "no device here"}}}
+    states = {"operations": {"op": {"cpu": "not built"}}}
     monkeypatch.setattr(dsnet_kernels, "available_backends", lambda: ("reference",))
     monkeypatch.setattr(dsnet_kernels, "info", lambda: states)
-    with pytest.raises(ValueError, match="--backends: cuda cannot run here: no device here"):
-        bench.run(parse("--backends", "cuda"))
+    with pytest.raises(ValueError, match="--backends: cpu cannot run here: not built"):
+        bench.run(parse("--backends", "cpu"))
 
 
 def test_default_run_has_every_case_stage_and_pass_then_the_network():
@@ -344,8 +355,11 @@ def test_run_prints_a_table_and_writes_the_same_report(mode, quick, tmp_path, ca
 
 
 def test_json_to_stdout_replaces_the_table(quick, capsys):
-    assert bench.run(parse(*SMALL, "--mode", "inference", "--batch", "1", "--json", "-")) == 0
-    assert json.loads(capsys.readouterr().out)["schema"] == report.SCHEMA
+    arguments = [bench.NAME, *SMALL, "--mode", "inference", "--batch", "1", "--json", "-"]
+    assert cli.main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == report.SCHEMA
+    assert document["command"] == " ".join(["dsnet", *arguments])
 
 
 def zero_output(x, *args, **kwargs):

@@ -202,6 +202,16 @@ def test_features_take_what_they_need(tiny):
             torch.testing.assert_close(model(image), expected, rtol=0, atol=0)
 
 
+def test_features_of_a_network_with_other_classes(tmp_path):
+    path = tmp_path / "a"
+    save_checkpoint(dsnet.create_model("dsnet_tiny", num_classes=5), path)
+    for head in (True, False):
+        model = dsnet.load_checkpoint("dsnet_tiny", path, head=head, features_only=True)
+        assert model.num_classes == 0
+    with pytest.raises(ValueError, match="num_classes: only without features_only=True, got 7"):
+        dsnet.load_checkpoint("dsnet_tiny", path, features_only=True, num_classes=7)
+
+
 def test_head_false_loads_the_rest(tmp_path):
     path = write_pth(tmp_path / "a", micro_state())
     model = micro(num_classes=7)

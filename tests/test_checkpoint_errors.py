@@ -1,5 +1,6 @@
 """Checkpoint files that are foreign, hostile or damaged: one typed error, and nothing changes."""
 
+import argparse
 import functools
 import io
 import os
@@ -7,6 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,6 +127,62 @@ def test_compressed_and_overlapping_archives(tmp_path):
     tail = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 3 * count, 3 * count, 3 * length, start, 0)
     (tmp_path / "c").write_bytes(data[:start] + directory * 3 + tail)
     refused(tmp_path / "c", "its entries overlap")
+
+
+def test_every_missing_unexpected_and_misshapen_tensor_is_an_attribute(tmp_path):
+    state = {name: value for name, value in micro_state().items() if "blocks4" not in name}
+    state |= {f"extra{i}": torch.ones(1) for i in range(20)} | {"norm.bias": torch.ones(65)}
+    path = write_pth(tmp_path / "a", state)
+    with pytest.raises(dsnet.CheckpointError) as info:
+        dsnet.load_checkpoint(micro(), path)
+    for error in (info.value, pickle.loads(pickle.dumps(info.value))):
+        expected = [name for name in micro().state_dict() if name.startswith("stages.3.blocks.")]
+        assert len(expected) > 5
+        assert sorted(error.missing) == sorted(expected)
+        assert error.unexpected == tuple(f"extra{i}" for i in range(20))
+        assert error.misshapen == ("norm.bias (expected (64,), got (65,))",)
+        assert f"missing: {len(expected)} (" in str(error)
+        assert f"and {len(expected) - 5} more)" in str(error)
+        assert "and 15 more)" in str(error)
+    read_error = dsnet.CheckpointError(path, "is empty")
+    assert (read_error.missing, read_error.unexpected, read_error.misshapen) == ((), (), ())
+
+
+def test_a_network_that_is_not_finite_is_not_saved(tmp_path):
+    model = micro()
+    with torch.no_grad():
+        model.norm.bias[3] = float("nan")
+        model.head.weight[0, 0] = float("inf")
+    expected = r"model: expected finite numbers, got others in 2 \(norm.bias, head.weight\)"
+    with pytest.raises(ValueError, match=expected):
+        save_checkpoint(model, tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+# Globals that torch.load allows
+
+
+@pytest.mark.parametrize("registered", [[], [argparse.Namespace], [argparse.Namespace, io.BytesIO]])
+def test_loading_keeps_the_globals_that_a_user_registered(tmp_path, registered):
+    content = {"model": micro_state(), "args": argparse.Namespace(lr=0.1)}
+    path = write_pth(tmp_path / "a", content)
+    before = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals(registered):
+        dsnet.load_checkpoint(micro(), path)
+        (tmp_path / "b").write_bytes(path.read_bytes()[:-999])
+        refused(tmp_path / "b", "cannot be read as a PyTorch checkpoint")
+        assert set(torch.serialization.get_safe_globals()) == before | set(registered)
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_threads_load_at_the_same_time(tmp_path):
+    content = {"model": micro_state(), "args": argparse.Namespace(lr=0.1)}
+    path = write_pth(tmp_path / "a", content)
+    before = set(torch.serialization.get_safe_globals())
+    with ThreadPoolExecutor(4) as pool:
+        files = list(pool.map(read_checkpoint, [path] * 80))
+    assert len(files) == 80
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 # Files that try to run something

@@ -209,6 +209,7 @@ def top(document):
         ("--dtype", "float64"),
         ("--backend", "reference"),
         ("--backend", "cpu,reference"),
+        ("--backend", " cpu, reference"),
     ],
 )
 def test_classify_gives_the_networks_probabilities(capsys, photos, inputs, model, weights, options):
@@ -419,6 +420,7 @@ def test_info(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["operations"]["depthwise_conv3x3"]["reference"] is None
+    assert set(facts["optional"]) == {"pillow", "timm"}
     assert facts["optional"]["pillow"] == metadata.version("pillow")
     assert cli.main(["info"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

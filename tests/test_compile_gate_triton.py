@@ -1,39 +1,25 @@
 """The gate on the resources of the Triton kernels, compiled for GPUs that need not be here."""
 
 import copy
-import importlib
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-GATES = Path(__file__).parent.parent / "benchmarks" / "compile_gates"
-TABLE = json.loads((GATES / "triton.json").read_text())
+pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+from benchmarks.compile_gates import triton_gate as gate
 
-
-@pytest.fixture(scope="module")
-def gate():
-    sys.path.insert(0, str(GATES))
-    try:
-        return importlib.import_module("triton_gate")
-    finally:
-        sys.path.remove(str(GATES))
+TABLE = json.loads(gate.TABLE.read_text())
 
 
-def test_kernels_stay_within_the_table(gate):
+def test_kernels_stay_within_the_table():
     failures, remarks = gate.compare(TABLE, gate.measure_all())
     print("\n".join(remarks))
     assert not failures
 
 
-def test_the_table_has_every_case_and_no_spill(gate):
+def test_the_table_has_every_case_and_no_spill():
     assert TABLE["kernels"].keys() == {case.name for case in gate.cases()}
     for by_architecture in TABLE["kernels"].values():
         assert by_architecture.keys() == {"sm_80", "sm_90", "sm_100"}
@@ -53,7 +39,7 @@ NAME = "depthwise_conv3x3_forward bf16 C=64"
     ],
 )
 @pytest.mark.parametrize("other_version", [False, True], ids=["same", "other"])
-def test_an_excess_is_reported(gate, kind, more, message, other_version):
+def test_an_excess_is_reported(kind, more, message, other_version):
     found = copy.deepcopy(TABLE)
     found["kernels"][NAME]["sm_90"][kind] += more
     if other_version:
@@ -67,7 +53,7 @@ def test_an_excess_is_reported(gate, kind, more, message, other_version):
     assert bool(remarks) == other_version
 
 
-def test_kernels_missing_on_either_side_fail(gate):
+def test_kernels_missing_on_either_side_fail():
     found = copy.deepcopy(TABLE)
     found["kernels"]["new"] = found["kernels"].pop(NAME)
     failures, _ = gate.compare(TABLE, found)
@@ -75,13 +61,13 @@ def test_kernels_missing_on_either_side_fail(gate):
     assert [line for line in failures if line.startswith("new, sm_80: not in the table")]
 
 
-def test_fewer_resources_pass(gate):
+def test_fewer_resources_pass():
     found = copy.deepcopy(TABLE)
     found["kernels"][NAME]["sm_90"]["registers"] -= 1
     assert gate.compare(TABLE, found) == ([], [])
 
 
-def test_a_figure_that_is_not_there_is_an_error(gate):
+def test_a_figure_that_is_not_there_is_an_error():
     good = "REG:32 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:400"
     assert gate.parse_resources(good) == {"registers": 32, "shared": 16, "stack": 8, "local": 0}
     with pytest.raises(ValueError, match="expected STACK:<number>"):

@@ -12,7 +12,7 @@ from test_depthwise_conv3x3 import CASE, generator, make, on_every_variant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsnet_kernels
-from dsnet_kernels import depthwise_conv3x3
+from dsnet_kernels import depthwise_conv3x3, native
 from dsnet_kernels.reference import depthwise_conv3x3 as reference
 
 OP = torch.ops.dsnet_kernels.depthwise_conv3x3
@@ -100,6 +100,22 @@ def test_compiles_without_a_graph_break(variant, dynamic):
                 torch.testing.assert_close(got[name], value)
 
 
+@on_every_variant
+def test_compiles_with_one_tensor_for_several_parameters(variant):
+    torch.compiler.reset()
+
+    def function(x, weight, vector):
+        return depthwise_conv3x3(x, weight, vector, scale=vector, shift=vector).relu()
+
+    compiled = torch.compile(function, fullgraph=True)
+    (x, weight, vector), _ = make((2, 8, 6, 6), torch.float32, generator(1))
+    inputs, grads = ((x, weight, vector), {}), [torch.ones_like(x)]
+    with variant.active():
+        expected, got = evaluate(function, inputs, grads), evaluate(compiled, inputs, grads)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
 def test_compiled_code_follows_a_change_of_backend():
     torch.compiler.reset()
     x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
@@ -184,6 +200,78 @@ def test_functional_gradients(variant):
     torch.testing.assert_close(got, expected)
 
 
+def parameter_loss(weight, bias, scale, shift, x):
+    out = depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=True)
+    return out.sin().sum()
+
+
+MAPPED = {
+    "x": (None, None, None, None, 0),
+    "x last": (None, None, None, None, 4),
+    "parameters": (0, 0, 0, 0, None),
+    "some": (0, None, 1, None, 2),
+    "all": (0, 0, 0, 0, 0),
+}
+
+
+def mapped_inputs(in_dims, samples=3):
+    x, *parameters = float64_inputs()
+    return [
+        t
+        if dim is None
+        else torch.randn(samples, *t.shape, generator=generator(7), dtype=t.dtype)
+        .movedim(0, dim)
+        .contiguous()
+        for t, dim in zip((*parameters, x), in_dims, strict=True)
+    ]
+
+
+@on_every_variant
+@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED)
+def test_vmap_over_values_and_gradients(variant, in_dims):
+    def forward(weight, bias, scale, shift, x):
+        return depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=True)
+
+    inputs = mapped_inputs(in_dims)
+    gradients = torch.func.grad(parameter_loss, argnums=(0, 1, 2, 3, 4))
+    functions = [
+        torch.func.vmap(forward, in_dims),
+        torch.func.vmap(gradients, in_dims),
+        torch.func.grad(
+            lambda *args: torch.func.vmap(parameter_loss, in_dims)(*args).sum(), (0, 1, 2, 3, 4)
+        ),
+    ]
+    for function in functions:
+        with variant.active():
+            got = function(*inputs)
+        with dsnet_kernels.backend("reference"):
+            expected = function(*inputs)
+        torch.testing.assert_close(got, expected)
+
+
+@on_every_variant
+@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED)
+def test_vmap_is_differentiable(variant, in_dims):
+    inputs = [t.requires_grad_() for t in mapped_inputs(in_dims)]
+    with variant.active():
+        got = torch.autograd.grad(torch.func.vmap(parameter_loss, in_dims)(*inputs).sum(), inputs)
+    with dsnet_kernels.backend("reference"):
+        loss = torch.func.vmap(parameter_loss, in_dims)(*inputs).sum()
+        torch.testing.assert_close(got, torch.autograd.grad(loss, inputs))
+
+
+@on_every_variant
+def test_nested_vmap_and_inference_mode(variant):
+    x, weight, *_ = float64_inputs()
+    xs = torch.stack([torch.stack([x, 2 * x]), torch.stack([3 * x, 4 * x]), torch.stack([x, -x])])
+    expected = reference(xs.flatten(0, 2), weight).unflatten(0, xs.shape[:3])
+    function = torch.func.vmap(torch.func.vmap(lambda x: depthwise_conv3x3(x, weight)))
+    with variant.active():
+        torch.testing.assert_close(function(xs), expected)
+        with torch.inference_mode():
+            torch.testing.assert_close(function(xs), expected)
+
+
 @on_every_variant
 def test_only_the_gradients_asked_for(variant):
     (x, weight, bias), kwargs = make((2, 8, 6, 6), torch.float32, generator(0))
@@ -236,6 +324,8 @@ X, WEIGHT = torch.zeros(2, 4, 5, 5), torch.zeros(4, 1, 3, 3)
         (([1.0], WEIGHT), {}, TypeError, "x: expected a Tensor, got list"),
         ((X.int(), WEIGHT), {}, TypeError, "x: expected one of float32, .* got torch.int32"),
         ((X.cfloat(), WEIGHT), {}, TypeError, "x: expected one of float32"),
+        ((X.to_sparse(), WEIGHT), {}, TypeError, "x: expected layout torch.strided, got torch.sp"),
+        ((X.to_mkldnn(), WEIGHT), {}, TypeError, "x: expected layout torch.strided, got torch._mk"),
         ((X[..., :0], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 4, 5, 0\)"),
         ((X[:, 4:], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 0, 5, 5\)"),
         (
@@ -295,7 +385,7 @@ def test_float16_has_no_cpu_kernel_and_auto_says_so():
 
 
 @pytest.mark.parametrize("name", ["generic", "sse9"])
-def test_capability_from_the_environment(name):
+def test_capability_from_the_environment(name, tmp_path):
     code = (
         "import dsnet_kernels as k\n"
         "import torch\n"
@@ -305,6 +395,7 @@ def test_capability_from_the_environment(name):
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         env={**os.environ, "DSNET_CPU_CAPABILITY": name},
+        cwd=tmp_path if native.__file__.startswith(sys.prefix) else None,
         capture_output=True,
         text=True,
     )

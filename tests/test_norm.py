@@ -135,12 +135,45 @@ def test_variance_survives_a_mean_far_from_zero():
     torch.testing.assert_close(scale.double(), expected, rtol=1e-4, atol=0)
 
 
+# Frozen
+
+
+class FrozenBatchNorm(nn.Module):
+    """Statistics and affine as buffers, as in torchvision and timm."""
+
+    def __init__(self, norm, act=None):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+        self.eps = norm.eps
+        self.act = nn.Identity() if act is None else act
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_frozen_batch_norm_keeps_its_running_statistics(training):
+    norm = make_norm(eps=1e-3).eval()
+    frozen = FrozenBatchNorm(norm).train(training)
+    before = copy.deepcopy(frozen)
+    torch.testing.assert_close(apply(frozen, batch()), norm(batch()))
+    assert_same_buffers(frozen, before, rtol=0, atol=0)
+
+
+def test_refuses_what_only_resembles_a_frozen_batch_norm():
+    unfrozen, without_affine = FrozenBatchNorm(make_norm()), FrozenBatchNorm(make_norm())
+    unfrozen.momentum = 0.1
+    without_affine.weight = None
+    activated = FrozenBatchNorm(make_norm(), act=nn.ReLU())
+    for module in (unfrozen, without_affine, activated):
+        with pytest.raises(TypeError, match=r"norm: expected .*, got FrozenBatchNorm"):
+            batch_norm_affine(module, batch())
+
+
 # Errors
 
 
 @pytest.mark.parametrize("module", [nn.BatchNorm1d(CHANNELS), nn.GroupNorm(1, CHANNELS)])
 def test_refuses_another_module(module):
-    expected = f"norm: expected BatchNorm2d or SyncBatchNorm, got {type(module).__name__}"
+    expected = f"norm: expected BatchNorm2d or SyncBatchNorm, .*, got {type(module).__name__}"
     with pytest.raises(TypeError, match=expected):
         batch_norm_affine(module, batch())
 

@@ -135,6 +135,17 @@ def test_features_only_returns_the_maps_that_its_info_describes(timm, out_indice
 # Training scripts
 
 
+def test_a_frozen_network_trains_with_its_running_statistics(timm):
+    from timm.utils import freeze
+
+    model = timm.create_model("dsnet_tiny", num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    freeze(model)
+    model.train()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_data_configuration_is_that_of_the_recipe(timm):
     model = timm.create_model("dsnet_tiny", device="meta")
     config = timm.data.resolve_data_config(model=model)

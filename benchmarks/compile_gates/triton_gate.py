@@ -1,6 +1,6 @@
 """Compiles the Triton kernels without a GPU and holds their resources to ``triton.json``.
 
-    python benchmarks/compile_gates/triton_gate.py [--update]
+    python -m benchmarks.compile_gates.triton_gate [--update]
 
 Registers and shared memory may not exceed the table; a spill or a stack frame always fails. With
 versions of Triton or ptxas other than the table's, more registers are reported and do not fail.

@@ -15,6 +15,7 @@ from .check import Check, both, check_directions, check_errors
 from .ops import explain
 from .report import Row
 from .row import EAGER_BASELINES, Contender, run_row
+from .timing import measure
 
 BUDGET = {"inference": 4.5, "training": 17.0}
 """Seconds of timing per row: six rounds at batch 8 on two cores."""
@@ -33,25 +34,30 @@ def model_row(
     backends: Sequence[str],
     baselines: Sequence[str] = EAGER_BASELINES,
     budget: float | None = None,
+    device: str = "cpu",
+    timer: Callable[..., dict] = measure,
+    extend: Callable[[list[Contender]], list[Contender]] = list,
 ) -> Row:
     """Times inference of ``name``, or its training step: forward, loss, backward, AdamW.
 
     Images arrive as a loader delivers them, in NCHW; their conversion is part of the time.
+    ``extend`` turns the contenders into those that are timed.
     """
     work = "training" if training else "inference"
     generator = torch.Generator().manual_seed(0)
     state = _random_state(name, generator)
-    images = torch.randn((batch, 3, *size), generator=generator).to(dtype)
-    labels = torch.randint(1000, (batch,), generator=generator)
+    images = torch.randn((batch, 3, *size), generator=generator).to(device, dtype)
+    labels = torch.randint(1000, (batch,), generator=generator).to(device)
 
     def build(variant: str, role: str) -> Contender:
         backend = _with_fallback(variant) if role == "ours" else "reference"
-        model = create_model(name, dtype=dtype, backend=backend)
+        model = create_model(name, device=device, dtype=dtype, backend=backend)
         model.load_state_dict(state)
-        chosen = chosen_backends(name, batch, size, dtype, backend)
+        chosen = chosen_backends(name, batch, size, dtype, backend, device)
         return _contender(variant, role, model.train(training), images, labels, chosen)
 
-    exact = create_model(name, dtype=torch.float64, backend="reference").train(training)
+    exact = create_model(name, device=device, dtype=torch.float64, backend="reference")
+    exact.train(training)
     # The oracle starts from the weights as the others have them, rounded.
     exact.load_state_dict({key: _rounded(value, dtype) for key, value in state.items()})
     eager = [build(variant, "baseline") for variant in EAGER_BASELINES]
@@ -64,9 +70,10 @@ def model_row(
         references = [contender.values() for contender in eager]
         del exact, eager
         return run_row(
-            contenders,
+            extend(contenders),
             partial(_judge, references=references, oracle=oracle),
             budget=BUDGET[work] if budget is None else budget,
+            timer=timer,
             kind="model",
             subject=name,
             use="image classification",
@@ -86,12 +93,13 @@ def chosen_backends(
     size: tuple[int, int],
     dtype: torch.dtype,
     backend: str | Sequence[str],
+    device: str = "cpu",
 ) -> dict[str, str]:
     """What runs each operation of the network: one backend, or several joined by ``/``."""
     chosen: dict[str, list[str]] = {op: [] for op in dsnet_kernels.backends.OPERATIONS}
     for case in CASES:
         for stage in stages(name, batch, size):
-            tensors = case.tensors(stage, dtype, seed=0)
+            tensors = {k: v.to(device) for k, v in case.tensors(stage, dtype, seed=0).items()}
             chosen[case.operation].append(explain(case, tensors, backend).chosen or "none")
     # An operation without a case has no kernel: the tests hold the cases to that.
     return {op: "/".join(dict.fromkeys(names)) or "reference" for op, names in chosen.items()}

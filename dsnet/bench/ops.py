@@ -1,7 +1,7 @@
 """Rows of single operations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,7 +31,8 @@ class Inputs:
     def map(self, convert: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same numbers in another layout or dtype."""
         tensors = {name: convert(value) for name, value in self.tensors.items()}
-        return Inputs(tensors, None if self.grad is None else convert(self.grad))
+        grad = None if self.grad is None else convert(self.grad)
+        return replace(self, tensors=tensors, grad=grad)
 
     def bind(self, function: Function) -> Callable[[], Sequence[Tensor]]:
         """``function`` on these arguments, ready to be timed; returns output and gradients."""

@@ -49,6 +49,7 @@ def run_row(
     *,
     budget: float,
     roof: Callable[[], object] | None = None,
+    timer: Callable[..., dict] = measure,
     **facts: Any,
 ) -> Row:
     """Checks every contender, times those that passed in turn, and compares with the best baseline.
@@ -58,6 +59,7 @@ def run_row(
         judge: checks them.
         budget: seconds of timing.
         roof: a copy of the same data, timed with the others.
+        timer: :func:`.timing.measure`, or that with other settings.
         facts: the fields of the row that are known beforehand.
     """
     entered, results = {}, {}
@@ -69,7 +71,7 @@ def run_row(
     if roof is not None:
         entered["roof", "copy"] = roof
         results["roof", "copy"] = {}
-    timings = measure(entered, budget=budget)
+    timings = timer(entered, budget=budget)
 
     baselines = [key for key in timings if key[0] == "baseline"]
     best = min(baselines, key=lambda key: timings[key].median, default=None)

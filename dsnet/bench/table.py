@@ -13,9 +13,9 @@ BASELINES = {
 SHORT = {"reference": "ref", "forward": "fwd", "forward+backward": "fwd+bwd"}
 
 LEGEND = (
-    "ms: median ± half the interquartile range. *: best baseline. vs best: its time over ours;",
-    "~: no difference at 95 % confidence. GB/s by formula; of copy: its share of a copy's of that",
-    "size, timed with the others (a cache serves small ones). check: error over what is allowed.",
+    "ms: median ± half the interquartile range. *: best of the baselines shown. vs best: its time",
+    "over ours; ~: no difference at 95 % confidence. GB/s by formula; of copy: its share of what",
+    "a copy reaches, timed too (a cache serves small ones). check: error over what is allowed.",
 )
 
 

@@ -5,6 +5,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+Sample = Callable[[Callable[[], object], int], float]
+"""Runs a call so many times and returns the seconds of one."""
 
 MIN_SAMPLE = 5e-3
 """Seconds a sample lasts at least: far above the clock's step and a scheduler's hiccup."""
@@ -55,6 +59,7 @@ def measure(
     min_sample: float = MIN_SAMPLE,
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
     clock: Callable[[], float] = time.perf_counter,
+    sample: Sample | None = None,
 ) -> dict[str, Timing]:
     """Times ``calls`` in turn, round after round, until ``budget`` seconds are over.
 
@@ -67,6 +72,7 @@ def measure(
         min_sample: seconds that one sample lasts at least.
         rounds: the fewest and the most; the fewest hold whatever the budget.
         clock: returns seconds.
+        sample: measures otherwise than by ``clock``, which then rules the budget alone.
 
     Raises:
         ValueError: for rounds that are not 1 ≤ fewest ≤ most.
@@ -74,14 +80,15 @@ def measure(
     fewest, most = rounds
     if not 1 <= fewest <= most:
         raise ValueError(f"rounds: expected 1 <= fewest <= most, got {rounds}")
-    repeats = {name: _calibrate(call, min_sample, clock) for name, call in calls.items()}
+    sample = sample or partial(_sample, clock=clock)
+    repeats = {name: _calibrate(call, min_sample, sample) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = clock()
     for index in range(most):
         if index >= fewest and clock() - start >= budget:
             break
         for name in turn(list(calls), index):
-            samples[name].append(_sample(calls[name], repeats[name], clock))
+            samples[name].append(sample(calls[name], repeats[name]))
     return {name: Timing(tuple(samples[name]), repeats[name]) for name in calls}
 
 
@@ -119,11 +126,11 @@ def _sample(call: Callable[[], object], repeats: int, clock: Callable[[], float]
     return (clock() - start) / repeats
 
 
-def _calibrate(call: Callable[[], object], min_sample: float, clock: Callable[[], float]) -> int:
+def _calibrate(call: Callable[[], object], min_sample: float, sample: Sample) -> int:
     """Repeats that last ``min_sample``, found by doubling after one call to warm up."""
     repeats = 1
-    if _sample(call, 1, clock) >= 20 * min_sample:
+    if sample(call, 1) >= 20 * min_sample:
         return repeats
-    while (seconds := _sample(call, repeats, clock) * repeats) < min_sample / 2:
+    while (seconds := sample(call, repeats) * repeats) < min_sample / 2:
         repeats *= 2
     return max(1, math.ceil(repeats * min_sample / seconds))

@@ -8,11 +8,29 @@ SHOWN = 5
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be read, or does not fit the model; the message begins with the file."""
+    """A checkpoint cannot be read, or does not fit the model; the message begins with the file.
 
-    def __init__(self, path: str | PathLike, problem: str) -> None:
+    Attributes:
+        path: the file.
+        problem: the message without the file; it names a few tensors and counts the others.
+        missing: all tensors that the file lacks.
+        unexpected: all tensors that the model has no place for.
+        misshapen: all tensors of another shape, as ``name (expected shape, got shape)``.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike,
+        problem: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        misshapen: Iterable[str] = (),
+    ) -> None:
         super().__init__(fspath(path), problem)
         self.path, self.problem = self.args
+        self.missing, self.unexpected = tuple(missing), tuple(unexpected)
+        self.misshapen = tuple(misshapen)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}"

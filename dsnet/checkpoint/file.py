@@ -76,6 +76,8 @@ class Checkpoint:
             arguments["global_reduction"] = self.global_reduction
         if not head:
             arguments["num_classes"] = 0
+        if kwargs.get("features_only"):
+            arguments.pop("num_classes", None)
         model = create_model(name, **(arguments | kwargs))
         self.load_into(model, head=head)
         return model
@@ -151,7 +153,8 @@ class Checkpoint:
         found = [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]
         if found:
             hints = f"; {hints.removeprefix('; ')}" if hints else ""
-            raise CheckpointError(self.path, f"does not fit the network; {'; '.join(found)}{hints}")
+            problem = f"does not fit the network; {'; '.join(found)}{hints}"
+            raise CheckpointError(self.path, problem, **problems)
 
     def _expect_heads(self, model: DSNet) -> None:
         """Heads leave no trace in the shapes, but change what the weights mean."""

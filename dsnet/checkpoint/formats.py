@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from .paddle import load_arrays
 PADDLE = "Paddle"
 _LEGACY_MAGIC = b"\x8a\x0a" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 _HEAD = 32
+# What training checkpoints hold beside tensors and plain values.
+_ALLOWED = {argparse.Namespace}
+_safe_globals_lock = threading.Lock()
 
 
 def read_file(path: Path) -> tuple[str, Any, dict[str, str]]:
@@ -77,8 +81,11 @@ def _read_torch_archive(path: Path) -> tuple[Any, dict[str, str]]:
 
 def _read_torch(path: Path) -> tuple[Any, dict[str, str]]:
     """Tensors and plain values; training checkpoints also hold their arguments."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+    # The allowed globals are process-wide, and leaving the context would remove a user's own entry.
+    with _safe_globals_lock:
+        added = list(_ALLOWED.difference(torch.serialization.get_safe_globals()))
+        with torch.serialization.safe_globals(added):
+            return torch.load(path, map_location="cpu", weights_only=True), {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

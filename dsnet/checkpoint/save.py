@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..model import DSNet
 from ..variants import VARIANTS
+from .errors import listing
 from .file import FORMAT_VERSION, Checkpoint, read_checkpoint
 
 
@@ -24,12 +25,17 @@ def save_checkpoint(model: DSNet, path: str | PathLike, *, overwrite: bool = Fal
     Raises:
         FileExistsError: if the file exists, unless ``overwrite``.
         TypeError: for a model that is no DSNet.
+        ValueError: for a model with a number that is not finite.
     """
     if not isinstance(model, DSNet):
         raise TypeError(f"model: expected a DSNet, got {type(model).__name__}")
+    state = model.state_dict()
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"model: expected finite numbers, got others in {listing(broken)}")
     variant = next((name for name, known in VARIANTS.items() if known == model.variant), None)
     metadata = _metadata(variant, model.global_reduction, model.variant.num_heads)
-    _write(Path(path), model.state_dict(), metadata, overwrite)
+    _write(Path(path), state, metadata, overwrite)
 
 
 def convert_checkpoint(

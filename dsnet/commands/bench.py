@@ -23,6 +23,8 @@ BASELINES = {
     "compile": "compile",
 }
 SMALLEST_IMAGE = 32
+ON_CPU = ("cpu", "reference")
+"""Backends that take CPU tensors."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     parser.add_argument(
         "--backends",
-        choices=("auto", *PREFERENCE),
+        type=cpu_backend,
+        choices=("auto", *ON_CPU),
         nargs="+",
         default=["auto"],
-        help="ours (default auto); in a network, operations without a kernel of a named backend"
-        " run as the reference",
+        help="ours, on CPU tensors (default auto); in a network, operations without a kernel of a"
+        " named backend run as the reference",
     )
     parser.add_argument(
         "--baselines",
@@ -77,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the operations alone, a network's inference or training step, or all (default)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results; - prints them instead")
+
+
+def cpu_backend(text: str) -> str:
+    """An argument type: a backend's name, refused if it takes no CPU tensors."""
+    if text in set(PREFERENCE) - set(ON_CPU):
+        raise argparse.ArgumentTypeError(
+            f"{text} takes no CPU tensors, which this benchmark times"
+            " (for a GPU: python -m benchmarks.gpu in the repository)"
+        )
+    return text
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -98,12 +111,14 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.table import render
 
     refuse_absent(args.backends)
+    if args.json == "":
+        raise ValueError("--json: expected a file or -, got ''")
     to_stdout = args.json == "-"
     if args.json and not to_stdout:
         report.check_writable(args.json)
     start = time.monotonic()
     with _threads(args.threads):
-        environment = report.environment(shlex.join(["dsnet", *sys.argv[1:]]))
+        environment = report.environment(shlex.join(["dsnet", *args.argv]))
         rows = tuple(_rows(args))
     result = report.Report(**environment, seconds=time.monotonic() - start, rows=rows)
     if to_stdout:

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     parser.add_argument(
         "--backend",
-        type=lambda names: names.split(","),
+        type=lambda names: [name.strip() for name in names.split(",")],
         metavar="NAME[,NAME]",
         help="auto, reference, cpu, triton, cuda, or several in order of preference",
     )

@@ -7,8 +7,8 @@ from importlib import metadata
 NAME = "info"
 HELP = "report versions, the native build, and the state of each operation's backends"
 
-OPTIONAL = ("numpy", "pillow", "safetensors", "timm", "torchvision", "triton")
-"""Distributions that some function uses where they are installed."""
+OPTIONAL = ("pillow", "timm")
+"""Distributions of the extras: ``images`` and ``timm``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -220,6 +220,17 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0)], ids=str)
+def test_vmap(in_dims):
+    many = torch.randn(2, 3, 4, 3, 3, generator=generator(0))
+    one = torch.randn(3, 4, 3, 3, generator=generator(1))
+    x = {0: many, 1: many.movedim(0, 1), None: one}[in_dims[0]]
+    weight = torch.randn(*([2] if in_dims[1] == 0 else []), 4, 1, 3, 3, generator=generator(2))
+    with TRITON.active():
+        got = torch.func.vmap(depthwise_conv3x3, in_dims)(x, weight)
+    torch.testing.assert_close(got, torch.func.vmap(reference, in_dims)(x, weight))
+
+
 X, WEIGHT = torch.zeros(2, 4, 5, 5), torch.zeros(4, 1, 3, 3)
 
 
