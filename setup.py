@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
         else:
             nvcc, architectures, cuda = "", "", toolkit
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = self._cmake_folder()
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
@@ -82,6 +82,15 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build)], check=True)
         record = json.loads((package / "build.json").read_text())
         print("dsnet-kernels: built", *(f"  {key}: {record[key]}" for key in record), sep="\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable and in-place builds: all that is installed, not the extension alone."""
+        package = str(ROOT / "dsnet_kernels")
+        install = ["cmake", "--install", str(self._cmake_folder()), "--prefix", package]
+        subprocess.run(install, check=True)
+
+    def _cmake_folder(self) -> Path:
+        return Path(self.build_temp).resolve() / "cmake"
 
 
 native = [Extension("dsnet_kernels._C", sources=[])] if flag("DSNET_NATIVE", True) else []
