@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import dsnet_kernels
