@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, native, operators
+from . import checks, operators
 from .backends import Operation, register, select
 from .reference import common
 from .reference import global_attention as reference
