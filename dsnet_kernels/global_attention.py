@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, operators
+from . import checks, native, operators
 from .backends import Operation, register, select
 from .reference import common
 from .reference import global_attention as reference
@@ -49,8 +49,8 @@ OPERATION = register(
     Operation(
         "global_attention",
         tensors=("x",),
-        present={"sdpa": lambda: None},
-        can_run={"sdpa": _sdpa_can_run},
+        present={"cpu": native.cpu_refusal, "sdpa": lambda: None},
+        can_run={"cpu": _cpu_can_run, "sdpa": _sdpa_can_run},
     )
 )
 
