@@ -10,8 +10,9 @@ namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
 
 // The weights in panels of columns, in their own order of rows.
-template <typename T>
-void pack_rows(const AttentionBackward& args, void*, int64_t begin, int64_t end) {
+template <typename T, typename Source>
+void pack_rows_from(
+    const AttentionBackward& args, const Source* weight, int64_t begin, int64_t end) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
   const Call<T> call(args);
@@ -21,15 +22,26 @@ void pack_rows(const AttentionBackward& args, void*, int64_t begin, int64_t end)
     const int64_t last = smaller((task + 1) * group, call.layout.width);
     for (int64_t first = task * group; first < last; first += tile_columns<V>) {
       const int64_t columns = smaller(tile_columns<V>, last - first);
+      const int64_t inside = smaller(columns, C - first);
       Acc* panel = static_cast<Acc*>(args.packed_rows) + first * rows;
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const bool inside = first + j < C;
-          panel[i * columns + j] =
-              inside ? value_at<T, Acc>(args.qkv_weight, i * C + first + j) : Acc{0};
+        for (int64_t j = 0; j < columns; j += V::size) {
+          const int64_t n = smaller(V::size, inside - j);
+          const V part = n > 0 ? load_part<V>(weight + i * C + first + j, n) : V::zero();
+          part.store(panel + i * columns + j);
         }
       }
     }
+  }
+}
+
+template <typename T>
+void pack_rows(const AttentionBackward& args, void*, int64_t begin, int64_t end) {
+  if (args.qkv_weight.is_accumulator) {
+    const auto* weight = static_cast<const AccumulatorOf<T>*>(args.qkv_weight.data);
+    pack_rows_from<T>(args, weight, begin, end);
+  } else {
+    pack_rows_from<T>(args, static_cast<const T*>(args.qkv_weight.data), begin, end);
   }
 }
 
@@ -176,7 +188,8 @@ void heads(const AttentionBackward& args, void* memory, int64_t begin, int64_t e
 template <typename T>
 void add_splits(
     const Call<T>& call, const AttentionBackward& args, int64_t token, AccumulatorOf<T>* grad_qkv) {
-  using Acc = AccumulatorOf<T>;
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
   const int64_t M = args.shape.tokens, d = args.shape.head_dim, h = args.shape.heads;
   const int64_t image = token / M, row = token % M, splits = args.cut.splits;
   for (int64_t head = 0; head < h; ++head) {
@@ -184,11 +197,13 @@ void add_splits(
       const Acc* from = static_cast<const Acc*>(args.partials) +
                         (image * h + head) * splits * 2 * M * d + (part * M + row) * d;
       Acc* to = grad_qkv + (1 + part) * call.shape.width() + head * d;
-      for (int64_t c = 0; c < d; ++c) {
-        Acc sum = 0;
-        for (int64_t split = 0; split < splits; ++split) sum += from[split * 2 * M * d + c];
-        to[c] = sum;
-      }
+      for_each_register<V>(d, [&](int64_t c, int64_t n) {
+        V sum = load_part<V>(from + c, n);
+        for (int64_t split = 1; split < splits; ++split) {
+          sum = sum + load_part<V>(from + split * 2 * M * d + c, n);
+        }
+        store_part(sum, to + c, n);
+      });
     }
   }
 }
