@@ -1,0 +1,1 @@
+"""The raw operators' CUDA kernels on CPU tensors, by the emulator: one module per operation."""
