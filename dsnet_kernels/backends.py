@@ -11,17 +11,18 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-"""Every backend there is."""
+BACKENDS = ("reference", "sdpa", "cpu", "triton", "cuda")
+"""Every backend there is; ``"sdpa"`` is torch's scaled_dot_product_attention."""
 
-PREFERENCE = ("cuda", "triton", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "sdpa", "reference")
 """The order in which ``"auto"`` tries them."""
 
 Check = Callable[..., str | None]
-"""Returns a reason against, or None; takes the operation's leading tensors or nothing."""
+"""Returns a reason against, or None; takes nothing, or leading tensors and options."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -32,7 +33,8 @@ class BackendUnavailable(RuntimeError):
 class Operation:
     """What selection knows of one operation.
 
-    ``tensors`` names the leading arguments that checks look at. ``present`` maps each backend that
+    ``tensors`` names the leading arguments that checks look at; further ones that they look at, the
+    options, come by keyword and may be missing. ``present`` maps each backend that
     has a kernel to a check that it is built and loaded, ``can_run`` to a check that it takes the
     tensors; the reference needs neither. ``loses`` maps a backend to a check that returns why the
     reference is the faster choice, which ``"auto"`` respects and a named backend does not.
@@ -52,16 +54,16 @@ class Operation:
             return f"{self.name} has no {backend} kernel"
         return self.present[backend]()
 
-    def reason_against(self, backend: str, *tensors: Tensor) -> str | None:
+    def reason_against(self, backend: str, *tensors: Tensor, **options: Any) -> str | None:
         """Why ``backend`` cannot run this operation on ``tensors``, or None if it can."""
         reason = self.presence(backend)
         if reason is None and backend in self.can_run:
-            reason = self.can_run[backend](*tensors)
+            reason = self.can_run[backend](*tensors, **options)
         return reason
 
-    def reason_to_avoid(self, backend: str, *tensors: Tensor) -> str | None:
+    def reason_to_avoid(self, backend: str, *tensors: Tensor, **options: Any) -> str | None:
         """Why ``"auto"`` passes over a ``backend`` that could run, or None."""
-        return self.loses[backend](*tensors) if backend in self.loses else None
+        return self.loses[backend](*tensors, **options) if backend in self.loses else None
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -121,8 +123,8 @@ class backend:  # noqa: N801 - reads as a function at its place of use
     autograd and data-loading threads see the same choice.
 
     Args:
-        names: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or a list of them
-            in order of preference.
+        names: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or a
+            list of them in order of preference.
 
     Raises:
         ValueError: for an unknown name, or an empty list.
@@ -166,7 +168,9 @@ def _candidates(names: str | Sequence[str] | None) -> tuple[tuple[str, bool], ..
     return _current_candidates if names is None else _expand(_normalise(names, "backend"))
 
 
-def select(operation: Operation, names: str | Sequence[str] | None, *tensors: Tensor) -> str:
+def select(
+    operation: Operation, names: str | Sequence[str] | None, *tensors: Tensor, **options: Any
+) -> str:
     """The backend that runs ``operation`` on ``tensors``.
 
     Raises:
@@ -177,13 +181,13 @@ def select(operation: Operation, names: str | Sequence[str] | None, *tensors: Te
     for name, by_auto in candidates:
         if by_auto and AUTO_DEVICE.get(name, device) != device:
             continue
-        if operation.reason_against(name, *tensors) is not None:
+        if operation.reason_against(name, *tensors, **options) is not None:
             continue
-        if by_auto and operation.reason_to_avoid(name, *tensors) is not None:
+        if by_auto and operation.reason_to_avoid(name, *tensors, **options) is not None:
             continue
         return name
     reasons = "; ".join(
-        f"{name}: {operation.reason_against(name, *tensors)}" for name, _ in candidates
+        f"{name}: {operation.reason_against(name, *tensors, **options)}" for name, _ in candidates
     )
     raise BackendUnavailable(f"{operation.name}: no requested backend can run: {reasons}")
 
@@ -226,7 +230,10 @@ class Explanation:
 
 
 def explain(
-    operation: str, *tensors: Tensor, backend: str | Sequence[str] | None = None
+    operation: str,
+    *tensors: Tensor,
+    backend: str | Sequence[str] | None = None,
+    **options: Any,
 ) -> Explanation:
     """Names the backend that a call would use and each refusal's reason.
 
@@ -234,6 +241,7 @@ def explain(
         operation: an operation's name, such as ``"depthwise_conv3x3"``.
         tensors: the operation's leading tensors (further arguments are ignored).
         backend: as in the operation itself.
+        options: further arguments that bear on the choice, such as ``num_heads``.
 
     Raises:
         ValueError: for an unknown operation or backend, or too few tensors.
@@ -244,15 +252,18 @@ def explain(
         raise ValueError(f"{operation}: expected the tensors {', '.join(op.tensors)}")
     candidates = _candidates(backend)
     try:
-        chosen = select(op, backend, *leading)
+        chosen = select(op, backend, *leading, **options)
     except BackendUnavailable:
         chosen = None
     by_auto = any(auto for _, auto in candidates)
+    named = {name for name, _ in candidates}
     refusals = {}
     for name in BACKENDS:
-        reason = op.reason_against(name, *leading)
+        if name == "sdpa" and name not in op.present and (by_auto or name not in named):
+            continue
+        reason = op.reason_against(name, *leading, **options)
         if reason is None and by_auto:
-            reason = op.reason_to_avoid(name, *leading)
+            reason = op.reason_to_avoid(name, *leading, **options)
         if reason is not None:
             refusals[name] = reason
     requested = tuple(_current if backend is None else _normalise(backend, "backend"))

@@ -86,6 +86,16 @@ def probability(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected 0 <= {name} < 1, got {value}")
 
 
+def seed(name: str, tensor: Tensor | None, leader_name: str, leader: Tensor) -> None:
+    """``tensor`` is None or one int64 on the leader's device."""
+    if tensor is None:
+        return
+    shape(name, tensor, ())
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {tensor.dtype}")
+    same_device(leader_name, leader, name, tensor)
+
+
 def with_signature(function: Callable) -> Callable:
     """Stores the signature that ``autograd.Function.apply`` otherwise recomputes at every call."""
     function.__signature__ = inspect.signature(function)

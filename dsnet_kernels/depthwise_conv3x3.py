@@ -4,14 +4,13 @@ The kernels' forward reads x once and writes the output once; their backward rea
 gradient and x once each, writes x's gradient once and gathers all parameter gradients on the way.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, triton
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import depthwise_conv3x3 as reference
 
@@ -67,42 +66,27 @@ def _fake_backward(grad, x, weight, scale, shift, residual):
     return _empty_channels_last(x), x.new_empty((12, x.shape[1]), dtype=dtype)
 
 
-def _slices(info, in_dims, args):
-    """The arguments of each call that ``torch.vmap`` stands for."""
-    for i in range(info.batch_size):
-        yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-
-
-def _vmap(op, info, in_dims, x, *others):
-    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
-        x = x.movedim(in_dims[0], 0)
-        return op(x.flatten(0, 1), *others).unflatten(0, x.shape[:2]), 0
-    return torch.stack([op(*args) for args in _slices(info, in_dims, (x, *others))]), 0
-
-
-def _vmap_backward(op, info, in_dims, *args):
-    results = [op(*slices) for slices in _slices(info, in_dims, args)]
-    return tuple(torch.stack(result) for result in zip(*results, strict=True)), (0, 0)
+def _batched(operator, info, in_dims, args):
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        return operators.one_by_one(operator, info, in_dims, args)
+    x = args[0].movedim(in_dims[0], 0)
+    return operator(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
 
 
 for _name in (NATIVE, TRITON):
-    native.LIBRARY.define(
-        f"{_name}(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
-        " bool residual) -> Tensor"
+    operators.define(
+        _name,
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, bool residual)"
+        " -> Tensor",
+        _fake,
+        _batched,
     )
-    native.LIBRARY.define(
-        f"{_name}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift,"
-        " bool residual) -> (Tensor, Tensor)"
+    operators.define(
+        f"{_name}_backward",
+        "(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool residual)"
+        " -> (Tensor, Tensor)",
+        _fake_backward,
     )
-    for _op_name, _fake_rule, _vmap_rule in (
-        (_name, _fake, _vmap),
-        (f"{_name}_backward", _fake_backward, _vmap_backward),
-    ):
-        _op = getattr(torch.ops.dsnet_kernels, _op_name)
-        torch.library.register_fake(f"dsnet_kernels::{_op_name}", _fake_rule)
-        torch.library.register_vmap(
-            f"dsnet_kernels::{_op_name}", functools.partial(_vmap_rule, _op)
-        )
 
 
 def _triton(*args):

@@ -110,7 +110,7 @@ def test_the_setting_is_seen_by_every_thread():
 
 @pytest.mark.parametrize("names", ["gpu", "", "CPU", [], ["cpu", "gpu"], ["cpu", ""]])
 def test_unknown_names_are_refused_and_change_nothing(names):
-    message = "backend: expected one or more of auto, reference, cpu, triton, cuda, got"
+    message = "backend: expected one or more of auto, reference, sdpa, cpu, triton, cuda, got"
     with pytest.raises(ValueError, match=message):
         dsnet_kernels.backend(names)
     with pytest.raises(ValueError, match=message):

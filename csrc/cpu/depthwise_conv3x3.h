@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "capability.h"
+#include "storage.h"
 
 namespace dsnet::cpu {
-
-enum class Storage { float32, bfloat16, float64 };
 
 // (B, C, H, W) with channels next to each other; strides in elements.
 struct Pixels {

@@ -22,12 +22,6 @@ struct Pixels {
   int64_t stride_column;
 };
 
-// Contiguous values of the activations' dtype or of float32; null where there is no such parameter.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float32 = true;
-};
-
 struct DepthwiseShape {
   int64_t batch;
   int64_t channels;

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import dropout
+
 
 def affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """scale·x + shift per channel of (B, C, H, W), rounded once to x's dtype."""
@@ -50,9 +52,17 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     return x.view(batch, tokens, parts, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Per head softmax(q·kᵀ/√d)·v, heads concatenated: (B, h, T, d) → (B, T, h·d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | None = None) -> Tensor:
+    """Per head dropout(softmax(q·kᵀ/√d))·v, heads concatenated: (B, h, T, d) → (B, T, h·d).
+
+    With a seed the dropout is that of the kernels, else torch's.
+    """
     weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     # Under autocast the softmax comes back in float32.
-    weights = F.dropout(weights.to(v.dtype), dropout_p, training=dropout_p > 0)
+    weights = weights.to(v.dtype)
+    if seed is None:
+        weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+    elif dropout_p > 0:
+        keep = dropout.keep_mask(weights.shape, dropout_p, seed)
+        weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
     return (weights @ v).transpose(1, 2).flatten(2)

@@ -1,73 +1,15 @@
-// The operators on the CPU: checks, allocation, threads, registration with torch's stable ABI.
-#include <torch/headeronly/util/BFloat16.h>
+// Depthwise 3×3 convolution on the CPU: checks, allocation, threads, registration.
+#include "cpu/depthwise_conv3x3.h"
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
 #include <vector>
 
-#include "bindings/arguments.h"
+#include "bindings/cpu/parameters.h"
 #include "cpu/capability.h"
-#include "cpu/depthwise_conv3x3.h"
 
 namespace dsnet {
 namespace {
-
-cpu::Storage storage_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return cpu::Storage::float32;
-    case ScalarType::BFloat16: return cpu::Storage::bfloat16;
-    case ScalarType::Double: return cpu::Storage::float64;
-    default:
-      throw std::runtime_error(std::string("x: expected float32, bfloat16 or float64, got ") +
-                               torch::headeronly::toString(x.scalar_type()));
-  }
-}
-
-template <typename Acc, typename T>
-void widen(const Tensor& contiguous, Acc* out) {
-  const T* data = static_cast<const T*>(contiguous.const_data_ptr());
-  std::copy(data, data + contiguous.numel(), out);
-}
-
-// A parameter's values as accumulators, in order; `absent` where there is none.
-template <typename Acc>
-std::vector<Acc> values_of(
-    const char* name, const OptionalTensor& parameter, int64_t count, Acc absent) {
-  std::vector<Acc> values(static_cast<size_t>(count), absent);
-  if (!parameter.has_value()) return values;
-  // Asked first, since a call of torch costs more than all the values.
-  const Tensor contiguous =
-      parameter->is_contiguous() ? *parameter : torch::stable::contiguous(*parameter);
-  switch (contiguous.scalar_type()) {
-    case ScalarType::Float: widen<Acc, float>(contiguous, values.data()); break;
-    case ScalarType::BFloat16:
-      widen<Acc, torch::headeronly::BFloat16>(contiguous, values.data());
-      break;
-    case ScalarType::Double:
-      // Narrowing a float64 parameter beside a float32 x would lose digits unseen.
-      if constexpr (std::is_same_v<Acc, double>) {
-        widen<Acc, double>(contiguous, values.data());
-        break;
-      }
-      [[fallthrough]];
-    default:
-      check(false, name, ": expected x's dtype or float32, got ",
-          torch::headeronly::toString(contiguous.scalar_type()));
-  }
-  return values;
-}
-
-template <typename F>
-void with_accumulator(cpu::Storage storage, const F& body) {
-  if (storage == cpu::Storage::float64) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
 
 // Coefficients in the kernels' layout, rows(k, c) set one by one.
 template <typename Args, typename Acc>

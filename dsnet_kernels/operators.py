@@ -1,0 +1,40 @@
+"""Raw operators: schema, fake kernel and batching rule; the kernels are registered elsewhere."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import native
+
+
+def define(name: str, schema: str, fake: Callable, batched: Callable | None = None) -> None:
+    """Defines ``dsnet_kernels::<name><schema>``.
+
+    Args:
+        name: of the operator.
+        schema: arguments and results, such as ``"(Tensor x) -> Tensor"``.
+        fake: shapes and dtypes of the results, from the arguments.
+        batched: the rule of ``torch.vmap``, from (operator, info, in_dims, arguments); by default
+            one call after the other.
+    """
+    native.LIBRARY.define(name + schema)
+    torch.library.register_fake(f"dsnet_kernels::{name}", fake)
+    operator = getattr(torch.ops.dsnet_kernels, name)
+    rule = one_by_one if batched is None else batched
+    torch.library.register_vmap(
+        f"dsnet_kernels::{name}", lambda info, in_dims, *args: rule(operator, info, in_dims, args)
+    )
+
+
+def one_by_one(operator: Callable, info, in_dims, args):
+    """Calls the operator for each element of the batch and stacks the results."""
+    results = [operator(*each) for each in _elements(info, in_dims, args)]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(result) for result in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _elements(info, in_dims, args) -> Iterator[list]:
+    for i in range(info.batch_size):
+        yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
