@@ -72,7 +72,7 @@ class OpCase:
     shapes: tuple[Shape, ...]
     native_shapes: tuple[Shape, ...]
     small: tuple[Shape, Shape]
-    tiny: Shape
+    tiny: tuple[Shape, ...]
     exact_shapes: tuple[Shape, ...] = ()
     options: Mapping[str, Inputs] = field(default_factory=lambda: {"full": {}})
     refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

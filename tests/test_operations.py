@@ -27,7 +27,7 @@ from harness import (
     tensors_of,
 )
 from layouts import LAYOUTS, apart
-from variants import variants
+from variants import gpu_mark, variants
 
 from dsnet_kernels import BackendUnavailable, triton
 from dsnet_kernels.backends import OPERATIONS
@@ -254,14 +254,20 @@ def test_every_output_is_written(case, variant):
 
 # The checks themselves
 
-FAULTS = [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.faults]
+FAULTS = [
+    pytest.param(case, variant, fault, id=f"{case}-{variant}-{name}", marks=gpu_mark(variant))
+    for case in CASES
+    for variant in variants(case.name)
+    for name, fault in case.faults.items()
+]
 
 
-@pytest.mark.parametrize(("case", "fault"), FAULTS)
-def test_the_budget_catches(case, fault):
+@pytest.mark.parametrize(("case", "variant", "fault"), FAULTS)
+def test_the_budget_catches(case, variant, fault):
     inputs = case.make(case.small[0], torch.float32, generator(0))
-    outputs = outputs_of(case.faults[fault](case.reference, inputs))
-    broken = {f"out{i}": output for i, output in enumerate(outputs)}
+    with variant.active():
+        outputs = outputs_of(fault(case.function, inputs_on(variant.device, inputs)))
+    broken = {f"out{i}": output.cpu() for i, output in enumerate(outputs)}
     oracle = evaluate(case.reference, mapped(inputs, torch.Tensor.double))
     with pytest.raises(AssertionError, match=r"budget|cosine"):
         assert_within_budget(broken, evaluate(case.reference, inputs), oracle)

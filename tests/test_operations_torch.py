@@ -1,5 +1,6 @@
 """Every operation as a citizen of torch: raw operators, derivatives, compilers, modes, errors."""
 
+import itertools
 import re
 import threading
 
@@ -80,8 +81,8 @@ def test_opcheck(case, variant, dtype):
 
 @in_float64
 def test_gradcheck(case, variant):
-    for option in case.options.values():
-        inputs, _ = sample(case, case.tiny, torch.float64, option=option)
+    for shape, option in itertools.product(case.tiny, case.options.values()):
+        inputs, _ = sample(case, shape, torch.float64, option=option)
         leaves = {name: tensor.requires_grad_() for name, tensor in tensors_of(inputs).items()}
 
         def function(*tensors, inputs=inputs, names=tuple(leaves)):
@@ -159,7 +160,7 @@ MAPPED = {
 @pytest.mark.parametrize("mapping", MAPPED)
 def test_vmap_over_values_and_gradients(case, variant, mapping):
     dtype, values = variant.widest, generator(7)
-    inputs = case.make(case.tiny, dtype, generator(0))
+    inputs = case.make(case.tiny[0], dtype, generator(0))
     tensors = list(tensors_of(inputs).values())
     in_dims = tuple(MAPPED[mapping](i, tensor.dim()) for i, tensor in enumerate(tensors))
     samples = [
@@ -195,7 +196,7 @@ def test_vmap_over_values_and_gradients(case, variant, mapping):
 
 @on_every_kernel
 def test_nested_vmap_also_in_inference_mode(case, variant):
-    inputs = placed_inputs(case, variant, variant.widest, case.tiny)
+    inputs = placed_inputs(case, variant, variant.widest, case.tiny[0])
     name, tensor = next(iter(tensors_of(inputs).items()))
     stacked = torch.stack([torch.stack([i * tensor, tensor - i]) for i in range(3)])
 

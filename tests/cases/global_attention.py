@@ -31,7 +31,7 @@ def swapped_heads(function, inputs):
 
 def unscaled_logits(function, inputs):
     width = inputs["x"].shape[2]
-    factors = torch.ones(3 * width)
+    factors = inputs["x"].new_ones(3 * width)
     factors[:width] = (width // inputs["num_heads"]) ** 0.5
     weight, bias = inputs["qkv_weight"] * factors[:, None], inputs["qkv_bias"] * factors
     return function(**inputs | {"qkv_weight": weight, "qkv_bias": bias})
@@ -97,7 +97,7 @@ CASE = OpCase(
     ),
     native_shapes=((1, 1025, 8, 32), (4, 49, 5, 32), (16_385, 2, 4, 8)),
     small=((2, 9, 2, 8), (3, 50, 3, 8)),
-    tiny=(2, 3, 2, 8),
+    tiny=((2, 3, 2, 8),),
     options={
         "logits around 100": {"logits": 30.0},
         "eps": {"eps": 1e-3},
