@@ -37,7 +37,7 @@ class BackwardInputs(Inputs):
         leaves = {name: value.detach().requires_grad_() for name, value in self.tensors.items()}
         wanted = list(leaves.values())
         # The backward runs on its forward's stream, so each stream, a graph's too, has its own.
-        forward = cache(lambda stream: function(**leaves))
+        forward = cache(lambda stream: function(**leaves, **self.constants))
 
         def backward() -> Sequence[Tensor]:
             out = forward(_stream(self.grad))
@@ -92,7 +92,7 @@ def op_rows(
     """Two rows of the same work: launched call by call, and replayed as a graph."""
     inputs = make_inputs(case, stage, dtype, backward).map(lambda value: value.to(device))
     if backward:
-        inputs = BackwardInputs(inputs.tensors, inputs.grad)
+        inputs = BackwardInputs(inputs.tensors, inputs.constants, inputs.grad)
     leading = inputs.tensors[case.activations[0]]
     exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     contenders = [baseline(name, case, inputs) for name in case.baselines]
@@ -165,5 +165,5 @@ def graphed(contender: Contender, inputs: Inputs, device: str) -> Contender:
 
 
 def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
-    found = explain(case, inputs.tensors, list(backends))
+    found = explain(case, inputs, list(backends))
     return tuple(f"{n}: {found.refusals[n]}" for n in backends if n in found.refusals)

@@ -82,30 +82,34 @@ void differentiate_rows(const Call<T>& call, const AttentionBackward& args,
     fill_rest<V>(p, M, stride, Acc{0});
     const V shift = V::fill(-lse[i]);
     V total = V::zero(), delta = V::zero();
+    for (int64_t j = 0; j < stride; j += V::size) {
+      V weight = exp(fma(V::load(p + j), scale, shift));
+      if (j + V::size > M) weight = weight.with_rest(M - j > 0 ? M - j : 0, V::zero());
+      total = total + weight;
+      weight.store(p + j);
+    }
     if (drops) {
       for (int64_t j = 0; j < M; ++j) kept[j] = keep;
       for (int64_t j = M; j < stride; ++j) kept[j] = 0;
       drop(args.dropout, of.image, of.head, begin + i, 0, M, kept);
     }
+    // The sum is 1 but for the rounding of lse, which would not cancel in dS.
+    const V sum = V::fill(sum_of(total));
     for (int64_t j = 0; j < stride; j += V::size) {
-      V weight = exp(fma(V::load(p + j), scale, shift));
-      if (j + V::size > M) weight = weight.with_rest(M - j > 0 ? M - j : 0, V::zero());
+      const V weight = V::load(p + j) / sum;
       V gradient = V::load(ds + j);
       if (drops) {
         gradient = gradient * V::load(kept + j);
         gradient.store(ds + j);
       }
-      total = total + weight;
       delta = fma(weight, gradient, delta);
       weight.store(p + j);
     }
-    // The weights' sum is 1 but for the rounding of lse, which would not cancel in dS.
-    const Acc normaliser = Acc{1} / sum_of(total);
-    const V inverse = V::fill(normaliser), mean = V::fill(sum_of(delta) * normaliser);
+    const V mean = V::fill(sum_of(delta));
     for (int64_t j = 0; j < stride; j += V::size) {
-      const V weight = V::load(p + j) * inverse;
+      const V weight = V::load(p + j);
       (weight * (V::load(ds + j) - mean) * scale).store(ds + j);
-      (drops ? weight * V::load(kept + j) : weight).store(p + j);
+      if (drops) (weight * V::load(kept + j)).store(p + j);
     }
   }
 }

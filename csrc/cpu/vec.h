@@ -109,6 +109,7 @@ inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b
 inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline VecF32 operator-(VecF32 a, VecF32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline VecF32 operator*(VecF32 a, VecF32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline VecF32 operator/(VecF32 a, VecF32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 // NaN where b is.
 inline VecF32 larger(VecF32 a, VecF32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float sum_of(VecF32 a) { return _mm512_reduce_add_ps(a.v); }
@@ -208,6 +209,7 @@ inline VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm256_fmadd_ps(a.v, b
 inline VecF32 operator+(VecF32 a, VecF32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline VecF32 operator-(VecF32 a, VecF32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline VecF32 operator*(VecF32 a, VecF32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline VecF32 operator/(VecF32 a, VecF32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 // NaN where b is.
 inline VecF32 larger(VecF32 a, VecF32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline float sum_of(VecF32 a) {
@@ -310,6 +312,12 @@ inline VecGeneric<A> operator-(VecGeneric<A> a, VecGeneric<A> b) {
 template <typename A>
 inline VecGeneric<A> operator*(VecGeneric<A> a, VecGeneric<A> b) {
   for (int i = 0; i < VecGeneric<A>::size; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+
+template <typename A>
+inline VecGeneric<A> operator/(VecGeneric<A> a, VecGeneric<A> b) {
+  for (int i = 0; i < VecGeneric<A>::size; ++i) a.v[i] /= b.v[i];
   return a;
 }
 

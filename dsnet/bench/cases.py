@@ -5,7 +5,7 @@ the image size give its shapes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dsnet.block import stream_widths
 from dsnet.model import REDUCTIONS
 from dsnet.variants import PAPER_REDUCTION, VARIANTS
 
-from .row import BASELINES, EAGER_BASELINES
+from .row import BASELINES, EAGER_BASELINES, SDPA
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -58,10 +58,12 @@ class Case:
         shapes: of the tensor arguments at a stage, by name.
         activations: those of them that are activations, the first one the largest; the others are
             parameters.
-        constants: the other arguments.
+        constants: the other arguments at a stage.
+        options: those of them that bear on the choice of a backend.
         flops: of the forward and of the backward; a multiplication and an addition are two.
         elements: read and written by the forward and by the backward, each activation once.
         baselines: compared with unless the user names others.
+        offered: all that it can be compared with.
     """
 
     operation: str
@@ -71,8 +73,10 @@ class Case:
     flops: Callable[[Stage], tuple[int, int]]
     elements: Callable[[Stage], tuple[int, int]]
     activations: tuple[str, ...] = ("x",)
-    constants: Mapping[str, Any] = field(default_factory=dict)
+    constants: Callable[[Stage], Mapping[str, Any]] = lambda stage: {}
+    options: tuple[str, ...] = ()
     baselines: tuple[str, ...] = BASELINES
+    offered: tuple[str, ...] = BASELINES
 
     def tensors(self, stage: Stage, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         """Random arguments rounded to ``dtype``, 4-D activations in ``channels_last``."""
@@ -105,16 +109,38 @@ def _pixels(s: Stage) -> int:
     return s.batch * s.grid[0] * s.grid[1]
 
 
+def _attention_shapes(s: Stage) -> Shapes:
+    width = s.global_channels
+    return {
+        "x": (s.batch, _tokens(s), width),
+        "norm_weight": (width,),
+        "norm_bias": (width,),
+        "qkv_weight": (3 * width, width),
+        "qkv_bias": (3 * width,),
+    }
+
+
+def _tokens(s: Stage) -> int:
+    return s.global_grid[0] * s.global_grid[1]
+
+
+def _attention_flops(s: Stage) -> int:
+    """Of the forward's products: the projection to Q, K and V, the scores, the weighted sums."""
+    tokens, width = _tokens(s), s.global_channels
+    return s.batch * (6 * tokens * width**2 + 4 * tokens**2 * width)
+
+
 # Depthwise 3×3 per element: 9 MACs, bias included, + 2 of the affine + 1 of the residual; in the
 # backward as many MACs for grad x and for grad weight each. Read x, write the output; backward:
-# read the output's gradient and x, write x's gradient.
+# read the output's gradient and x, write x's gradient. Attention: products alone, twice as many in
+# the backward (what it recomputes is its own affair); reads and writes as above.
 CASES = (
     Case(
         operation="depthwise_conv3x3",
         use="local",
         formula="x + conv(scale·x + shift)",
         shapes=lambda s: _depthwise_shapes(s.batch, s.local_channels, s.grid, affine=True),
-        constants={"residual": True},
+        constants=lambda s: {"residual": True},
         flops=lambda s: (21 * _pixels(s) * s.local_channels, 42 * _pixels(s) * s.local_channels),
         elements=lambda s: (2 * _pixels(s) * s.local_channels, 3 * _pixels(s) * s.local_channels),
     ),
@@ -123,10 +149,26 @@ CASES = (
         use="position",
         formula="x + conv(x)",
         shapes=lambda s: _depthwise_shapes(s.batch, s.channels, s.grid, affine=False),
-        constants={"residual": True},
+        constants=lambda s: {"residual": True},
         # Compiling takes longer than all timing: by default once per stage and direction, above.
         baselines=EAGER_BASELINES,
         flops=lambda s: (19 * _pixels(s) * s.channels, 38 * _pixels(s) * s.channels),
         elements=lambda s: (2 * _pixels(s) * s.channels, 3 * _pixels(s) * s.channels),
+    ),
+    Case(
+        operation="global_attention",
+        use="attention",
+        formula="x + MHSA(LN(x))",
+        shapes=_attention_shapes,
+        constants=lambda s: {"num_heads": s.num_heads},
+        options=("num_heads",),
+        # Tokens have one layout. Compiling is left to those who ask: the time, as above.
+        baselines=("eager_channels_last", SDPA),
+        offered=("eager_channels_last", SDPA, "compile"),
+        flops=lambda s: (_attention_flops(s), 2 * _attention_flops(s)),
+        elements=lambda s: (
+            2 * s.batch * _tokens(s) * s.global_channels,
+            3 * s.batch * _tokens(s) * s.global_channels,
+        ),
     ),
 )

@@ -12,7 +12,7 @@ from dsnet.model import DSNet, create_model
 
 from .cases import CASES, stages
 from .check import Check, both, check_directions, check_errors
-from .ops import explain
+from .ops import explain, make_inputs
 from .report import Row
 from .row import EAGER_BASELINES, Contender, run_row
 from .timing import measure
@@ -99,8 +99,9 @@ def chosen_backends(
     chosen: dict[str, list[str]] = {op: [] for op in dsnet_kernels.backends.OPERATIONS}
     for case in CASES:
         for stage in stages(name, batch, size):
-            tensors = {k: v.to(device) for k, v in case.tensors(stage, dtype, seed=0).items()}
-            chosen[case.operation].append(explain(case, tensors, backend).chosen or "none")
+            inputs = make_inputs(case, stage, dtype, backward=False)
+            inputs = inputs.map(lambda value: value.to(device))
+            chosen[case.operation].append(explain(case, inputs, backend).chosen or "none")
     # An operation without a case has no kernel: the tests hold the cases to that.
     return {op: "/".join(dict.fromkeys(names)) or "reference" for op, names in chosen.items()}
 

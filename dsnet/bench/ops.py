@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from dsnet_kernels import reference
 from .cases import Case, Stage
 from .check import Check, both, check_directions, check_errors
 from .report import Row
-from .row import BASELINES, Contender, run_row
+from .row import BASELINES, SDPA, Contender, run_row
 
 BUDGET = 0.5
 """Seconds of timing per row."""
@@ -26,6 +27,7 @@ class Inputs:
     """Arguments of an operation by name, and its output's gradient, None for the forward alone."""
 
     tensors: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
     grad: Tensor | None
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> "Inputs":
@@ -36,6 +38,7 @@ class Inputs:
 
     def bind(self, function: Function) -> Callable[[], Sequence[Tensor]]:
         """``function`` on these arguments, ready to be timed; returns output and gradients."""
+        function = partial(function, **self.constants)
         if self.grad is None:
             call = partial(function, **self.tensors)
             return lambda: (call(),)
@@ -58,29 +61,31 @@ def make_inputs(
     case: Case, stage: Stage, dtype: torch.dtype, backward: bool, seed: int = 0
 ) -> Inputs:
     """Random inputs of ``case`` in ``channels_last``."""
-    tensors = case.tensors(stage, dtype, seed)
+    tensors, constants = case.tensors(stage, dtype, seed), case.constants(stage)
     if not backward:
-        return Inputs(tensors, None)
+        return Inputs(tensors, constants, None)
     with torch.no_grad():
-        out = getattr(reference, case.operation)(**tensors, **case.constants)
+        out = getattr(reference, case.operation)(**tensors, **constants)
     noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1))
     grad = torch.empty_like(tensors[case.activations[0]], dtype=out.dtype).copy_(noise)
-    return Inputs(tensors, grad)
+    return Inputs(tensors, constants, grad)
 
 
 def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
-    """The reference, eagerly in either layout or compiled.
+    """The reference, eagerly in either layout or compiled, or a composition with torch's SDPA.
 
     Raises:
         ValueError: for an unknown name.
     """
-    function = partial(getattr(reference, case.operation), **case.constants)
+    function = getattr(reference, case.operation)
     if name == "eager_nchw":
         inputs = inputs.map(Tensor.contiguous)
     elif name == "compile":
         function = _compiled(function, case.activations, inputs)
+    elif name == SDPA:
+        function = partial(getattr(dsnet_kernels, case.operation), backend=SDPA)
     elif name != "eager_channels_last":
-        raise ValueError(f"baselines: expected {', '.join(BASELINES)}, got {name!r}")
+        raise ValueError(f"baselines: expected {', '.join((*BASELINES, SDPA))}, got {name!r}")
     call = inputs.bind(function)
     return Contender(
         name, "baseline", call, partial(inputs.values, call), compiles=name == "compile"
@@ -90,17 +95,18 @@ def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
 def ours(backend: str, case: Case, inputs: Inputs) -> Contender:
     """The public operation on ``backend``."""
     function = getattr(dsnet_kernels, case.operation)
-    call = inputs.bind(partial(function, backend=backend, **case.constants))
-    chosen = {case.operation: explain(case, inputs.tensors, backend).chosen or "none"}
+    call = inputs.bind(partial(function, backend=backend))
+    chosen = {case.operation: explain(case, inputs, backend).chosen or "none"}
     return Contender(backend, "ours", call, partial(inputs.values, call), chosen=chosen)
 
 
 def explain(
-    case: Case, tensors: Mapping[str, Tensor], backend: str | Sequence[str]
+    case: Case, inputs: Inputs, backend: str | Sequence[str]
 ) -> dsnet_kernels.backends.Explanation:
     """Which backend runs ``case`` on these arguments, and why not the others."""
-    leading = [tensors[name] for name in case.activations]
-    return dsnet_kernels.explain(case.operation, *leading, backend=backend)
+    leading = [inputs.tensors[name] for name in case.activations]
+    options = {name: inputs.constants[name] for name in case.options}
+    return dsnet_kernels.explain(case.operation, *leading, backend=backend, **options)
 
 
 def op_row(
@@ -119,7 +125,8 @@ def op_row(
     eager = [baseline(name, case, inputs) for name in ("eager_nchw", "eager_channels_last")]
     exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     flops, moved = case.work(stage, dtype, backward)
-    contenders = [baseline(name, case, inputs) for name in baselines or case.baselines]
+    named = [name for name in baselines or case.baselines if name in case.offered]
+    contenders = [baseline(name, case, inputs) for name in named or case.baselines]
     contenders += [ours(name, case, inputs) for name in backends]
     with torch.inference_mode(not backward):
         references = [contender.values() for contender in eager]
@@ -145,14 +152,14 @@ def op_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=flops,
             bytes=moved,
-            notes=_notes(case, inputs.tensors, backends),
+            notes=_notes(case, inputs, backends),
         )
 
 
-def _notes(case: Case, tensors: Mapping[str, Tensor], backends: Sequence[str]) -> tuple[str, ...]:
+def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
     if "auto" not in backends:
         return ()
-    found = explain(case, tensors, "auto")
+    found = explain(case, inputs, "auto")
     if found.chosen != "reference":
         return ()
     reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refusals.items())
@@ -179,9 +186,9 @@ def _compiled(function: Function, activations: Sequence[str], inputs: Inputs) ->
         return torch.compile(function, fullgraph=True, dynamic=False)
     parameters = {k: v for k, v in inputs.tensors.items() if k not in activations}
     compiled = torch.compile(
-        _Frozen(function, parameters).eval(),
+        _Frozen(partial(function, **inputs.constants), parameters).eval(),
         fullgraph=True,
         dynamic=False,
         options={"freezing": True},
     )
-    return lambda **tensors: compiled({name: tensors[name] for name in activations})
+    return lambda **arguments: compiled({name: arguments[name] for name in activations})

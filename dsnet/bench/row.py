@@ -13,6 +13,8 @@ from .timing import Timing, compare, measure
 
 EAGER_BASELINES = ("eager_nchw", "eager_channels_last")
 BASELINES = (*EAGER_BASELINES, "compile")
+SDPA = "sdpa"
+"""Torch's scaled_dot_product_attention, where an operation can be composed with it."""
 
 
 @dataclass(frozen=True)

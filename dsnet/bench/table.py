@@ -7,6 +7,7 @@ from .report import Report, Result, Row
 BASELINES = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager ch-last",
+    "sdpa": "SDPA",
     "compile": "compile",
 }
 

@@ -21,9 +21,10 @@ BASELINES = {
     "nchw": "eager_nchw",
     "channels_last": "eager_channels_last",
     "compile": "compile",
+    "sdpa": "sdpa",
 }
 SMALLEST_IMAGE = 32
-ON_CPU = ("cpu", "reference")
+ON_CPU = ("cpu", "sdpa", "reference")
 """Backends that take CPU tensors."""
 
 
@@ -70,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines",
         choices=list(BASELINES),
         nargs="+",
-        help="the reference in these forms (default: the eager two, and compile for the operations"
-        " with an affine)",
+        help="the reference in these forms, each where it applies (default: the eager ones, compile"
+        " for the operations with an affine, sdpa for attention)",
     )
     parser.add_argument(
         "--mode",

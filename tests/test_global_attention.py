@@ -1,0 +1,265 @@
+"""global_attention beyond what every operation is held to: padded keys, dropout, memory, choice."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases.global_attention import CASE, make
+from harness import compare, evaluate, generator, run, sample
+from variants import gpu_mark, on_variants, variants
+
+import dsnet_kernels
+from dsnet_kernels import global_attention
+from dsnet_kernels.backends import OPERATIONS
+from dsnet_kernels.reference.dropout import keep_mask, philox
+
+TOKENS = (1, 9, 49, 50, 63, 64, 65)
+
+on_every_variant = on_variants("global_attention")
+on_every_kernel = pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=str(variant), marks=gpu_mark(variant))
+        for variant in variants("global_attention")
+        if variant.is_kernel
+    ],
+)
+
+
+def with_logits_around(inputs, logit):
+    """Biases of Q and K whose product shifts every scaled logit by ``logit``."""
+    width = inputs["x"].shape[2]
+    head_dim = width // inputs["num_heads"]
+    size = (abs(logit) / head_dim**0.5) ** 0.5
+    bias = inputs["qkv_bias"].clone()
+    bias[:width] += size
+    bias[width : 2 * width] += size if logit > 0 else -size
+    return inputs | {"qkv_bias": bias}
+
+
+def followed_by_nan(x):
+    """x as the first rows of memory that holds NaN behind them."""
+    memory = torch.full((x.numel() + 4096,), float("nan"), dtype=x.dtype)
+    return memory[: x.numel()].view(x.shape).copy_(x)
+
+
+@on_every_kernel
+@pytest.mark.parametrize("logit", [-100, -500])
+def test_keys_that_pad_a_tile_never_win(variant, logit):
+    """A padded key has the logit 0, far above the real ones."""
+    # Logits of this size round by more than the weights differ: of single errors chance decides. A
+    # padded key that wins is an error of the results' own size.
+    case = dataclasses.replace(CASE, slack={variant.backend: 8.0})
+    for count in (*TOKENS, 1025) if variant.is_compiled else TOKENS:
+        samples = []
+        for seed in range(4 if variant.is_compiled and count < 100 else 2):
+            inputs, grads = sample(CASE, (1, count, 2, 16), seed=seed)
+            inputs = with_logits_around(inputs, logit)
+            inputs["x"], grads = followed_by_nan(inputs["x"]), [followed_by_nan(grads[0])]
+            samples.append((inputs, grads))
+        compare(case, variant, *samples)
+
+
+@on_every_variant
+def test_every_head_dimension_up_to_128(variant):
+    step = 8 if variant.is_compiled else 40
+    for head_dim in range(8, 129, step):
+        compare(
+            CASE, variant, *(sample(CASE, (1, 17, 2, head_dim), seed=seed) for seed in range(3))
+        )
+
+
+OPERATION = OPERATIONS["global_attention"]
+KERNELS = sorted(set(OPERATION.present) - {"sdpa"})
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("width", "heads"), [(12, 1), (20, 5), (272, 2)])
+def test_other_head_dimensions_are_refused_with_the_reason(monkeypatch, backend, width, heads):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    reason = OPERATION.can_run[backend](OnDevice(backend, width), num_heads=heads)
+    expected = f"the head dimension is {width // heads}; the kernel takes multiples of 8 up to 128"
+    assert reason == expected
+
+
+class OnDevice:
+    """What a check looks at of a tensor on the device of a backend."""
+
+    dtype = torch.float32
+
+    def __init__(self, backend, width):
+        self.device = torch.device("cpu" if backend == "cpu" else "cuda")
+        self.shape = (1, 9, width)
+
+    def get_device(self):
+        return 0
+
+
+# Dropout
+
+KNOWN_ANSWERS = [
+    (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (-1, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        0x299F31D0A4093822,
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("seed", "counter", "words"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_words(seed, counter, words):
+    assert tuple(word.item() for word in philox(torch.tensor(seed), counter)) == words
+
+
+def test_a_mask_keeps_its_share_and_has_no_two_equal_rows():
+    mask = keep_mask((2, 3, 40, 129), 0.3, torch.tensor(7))
+    assert mask.double().mean() == pytest.approx(0.7, abs=0.01)
+    rows = mask.flatten(0, 2)
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+    assert not torch.equal(mask, keep_mask((2, 3, 40, 129), 0.3, torch.tensor(8)))
+
+
+def weights_of(variant, tokens, heads, seed, p):
+    """The attention weights of the first image, (h, M, M), read off with one-hot values."""
+    head_dim = -(-tokens // 8) * 8
+    width = heads * head_dim
+    x = torch.zeros(1, tokens, width)
+    for head in range(heads):
+        x[0, :, head * head_dim : head * head_dim + tokens] = torch.eye(tokens)
+    norm_weight, norm_bias = torch.ones(width), torch.zeros(width)
+    weight = torch.zeros(3 * width, width)
+    weight[2 * width :] = torch.eye(width)
+    inputs = (x, heads, norm_weight, norm_bias, weight, torch.zeros(3 * width))
+    arguments = {"dropout_p": p, "seed": torch.tensor(seed)}
+    inputs = [t.to(variant.device) if isinstance(t, torch.Tensor) else t for t in inputs]
+    arguments["seed"] = arguments["seed"].to(variant.device)
+    with variant.active():
+        out = global_attention(*inputs, **arguments) - inputs[0]
+    normal = torch.nn.functional.layer_norm(x, (width,))
+    # Of a one-hot row, normalised: the high value at its own place, the low one elsewhere.
+    high, low = normal.max(), normal.min()
+    read = out.cpu().view(tokens, heads, head_dim)[..., :tokens].transpose(0, 1)
+    totals = out.cpu().view(tokens, heads, head_dim)[..., tokens:].transpose(0, 1)
+    sums = totals.mean(-1, keepdim=True) / low if head_dim > tokens else None
+    return read, sums, high, low
+
+
+@on_every_variant
+@pytest.mark.parametrize("tokens", [7, 50, 69])
+def test_every_backend_draws_the_same_mask(variant, tokens):
+    """Uniform weights: each output is a sum over the keys that were kept."""
+    if variant.backend == "sdpa":
+        x = torch.zeros(1, tokens, 8, device=variant.device)
+        with (
+            variant.active(),
+            pytest.raises(dsnet_kernels.BackendUnavailable, match="a dropout mask"),
+        ):
+            global_attention(x, 1, *PLAIN, dropout_p=0.5)
+        return
+    p, seed, heads = 0.4, 2**40 + 3, 2
+    read, sums, high, low = weights_of(variant, tokens, heads, seed, p)
+    weight = 1 / (tokens * (1 - p))
+    # Σ_j w_j·v_j[c] = low·Σ w + (high − low)·w_c.
+    kept = ((read - low * sums) / (high - low) / weight).round().bool()
+    assert torch.equal(kept, keep_mask((1, heads, tokens, tokens), p, torch.tensor(seed))[0])
+
+
+PLAIN = (torch.ones(8), torch.zeros(8), torch.zeros(24, 8), torch.zeros(24))
+
+
+def test_without_a_seed_the_mask_follows_torchs_generator():
+    inputs = make((2, 12, 2, 8), torch.float32, generator(0), dropout_p=0.5)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(global_attention(**inputs))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (torch.zeros(1, dtype=torch.int64), ValueError, r"seed: expected shape \(\), got \(1,\)"),
+        (torch.tensor(1.0), TypeError, "seed: expected torch.int64, got torch.float32"),
+        (
+            torch.zeros((), dtype=torch.int64, device="meta"),
+            ValueError,
+            "seed: expected the device",
+        ),
+        (3, TypeError, "seed: expected a Tensor, got int"),
+    ],
+)
+def test_seeds_are_checked(seed, error, message):
+    with pytest.raises(error, match=message):
+        global_attention(torch.zeros(1, 3, 8), 1, *PLAIN, dropout_p=0.5, seed=seed)
+
+
+# Empty inputs, autocast
+
+
+@on_every_variant
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0), (0, 0)], ids=str)
+def test_nothing_in_nothing_out(variant, shape):
+    inputs, grads = sample(CASE, (1, 1, 2, 8))
+    inputs["x"], grads = torch.zeros(*shape, 16), [torch.zeros(*shape, 16)]
+    with variant.active():
+        got = run(CASE, variant, inputs, grads)
+    assert got["out0"].shape == got["grad x"].shape == (*shape, 16)
+    for name, value in got.items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_autocast_takes_float32_parameters(backend):
+    inputs, _ = sample(CASE, (2, 9, 2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = global_attention(**inputs, backend=backend)
+    assert out.dtype == torch.bfloat16
+    expected = evaluate(CASE.reference, inputs)["out0"]
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+# Memory and choice
+
+PEAK = """
+import resource, torch, dsnet_kernels
+tokens = {tokens}
+x = torch.randn(1, tokens, 64, requires_grad=True)
+parameters = [torch.randn(n) for n in (64, 64)] + [torch.randn(192, 64), torch.randn(192)]
+def run(x):
+    dsnet_kernels.global_attention(x, 2, *parameters, backend="cpu").sum().backward()
+run(x[:, :65])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak(tokens):
+    """KiB that forward and backward add to the peak."""
+    command = [sys.executable, "-c", PEAK.format(tokens=tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_memory_is_linear_in_the_tokens():
+    """Eight times the tokens take at most ten times the memory; one score matrix would be 64."""
+    few, many = peak(2048), peak(16384)
+    print(f"{few} KiB at 2,048 tokens, {many} KiB at 16,384")
+    assert many < 10 * max(few, 4096)
+    assert many < 16384**2 * 4 / 1024 / 4
+
+
+def test_auto_takes_the_kernel_on_the_cpu_and_sdpa_where_there_is_none():
+    x = torch.zeros(1, 9, 24)
+    assert dsnet_kernels.explain("global_attention", x, num_heads=3).chosen == "cpu"
+    explanation = dsnet_kernels.explain("global_attention", x, num_heads=2)
+    assert explanation.chosen == "sdpa"
+    assert explanation.refusals["cpu"].startswith("the head dimension is 12")
+    with_dropout = dsnet_kernels.explain("global_attention", x, num_heads=2, dropout_p=0.1)
+    assert with_dropout.chosen == "reference"
