@@ -224,8 +224,7 @@ DSNET_DEVICE void fill_backward_table(
     if (c >= args.shape.channels) break;
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
-      store_shared(
-          table + k * channels + i, parameter_at<T>(args.weight, 9 * c + 8 - k, 0));
+      store_shared(table + k * channels + i, parameter_at<T>(args.weight, 9 * c + 8 - k, 0));
     }
     store_shared(table + 9 * channels + i, parameter_at<T>(args.scale, c, 1));
     store_shared(table + 10 * channels + i, parameter_at<T>(args.shift, c, 0));

@@ -109,8 +109,8 @@ DSNET_DEVICE void multiply_transposed(
 // `right` (8·depth_tiles, 8·tiles). The first `used` tiles of left count, the others are zero;
 // the rows of `right` must be numbers up to the next multiple of 16.
 template <typename T, int depth_tiles, int tiles>
-DSNET_DEVICE void multiply_result(const float (&left)[depth_tiles][4], const T* right, int used,
-    float (&result)[tiles][4]) {
+DSNET_DEVICE void multiply_result(
+    const float (&left)[depth_tiles][4], const T* right, int used, float (&result)[tiles][4]) {
   static_assert(depth_tiles % 2 == 0 && tiles % 2 == 0, "one instruction takes two tiles");
   constexpr int stride = row_stride<T, 8 * tiles>;
   const int lane = lane_id();
@@ -120,7 +120,8 @@ DSNET_DEVICE void multiply_result(const float (&left)[depth_tiles][4], const T* 
     for (int k = 0; k < depth_tiles; k += 2) {
       if (k >= used) continue;
       const uint32_t a[4] = {narrow_pair(left[k][0], left[k][1], T{}),
-          narrow_pair(left[k][2], left[k][3], T{}), narrow_pair(left[k + 1][0], left[k + 1][1], T{}),
+          narrow_pair(left[k][2], left[k][3], T{}),
+          narrow_pair(left[k + 1][0], left[k + 1][1], T{}),
           narrow_pair(left[k + 1][2], left[k + 1][3], T{})};
 #pragma unroll
       for (int t = 0; t < tiles; t += 2) {

@@ -63,19 +63,12 @@ class OnlineSoftmax {
         }
       }
     }
-    if (mask.is_active()) {
-#pragma unroll
-      for (int t = 0; t < tiles; ++t) {
-        float factors[4];
-        mask.of_queries(first_query, first_key + 8 * t, factors);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weights[t][i] *= factors[i];
-      }
-    }
+    if (mask.is_active()) mask.apply(mask.kept_of_queries<tiles>(first_query, first_key), weights);
     multiply_result<T>(weights, value_tile, used, out_);
   }
 
-  // Adds x of the head's columns, and writes these and the sums' logarithms; `rows` tokens are real.
+  // Adds x of the head's columns, and writes these and the sums' logarithms; `rows` tokens are
+  // real.
   DSNET_DEVICE void finish(
       const T* x, T* out, float* lse, int64_t stride, int rows, int columns, bool packed) {
     const int lane = lane_id();
@@ -130,7 +123,8 @@ __global__ void __launch_bounds__(128)
 
   float qkv[3 * head_tile / 8][4] = {};
   NormalizedRows<T> rows(args.inputs, x, tokens - warp_row, channels, l.packed);
-  project<T, 3 * head_tile>(rows, args.inputs, channels, l.packed, shared, nullptr,
+  project<T, 3 * head_tile>(
+      rows, args.inputs, channels, l.packed, shared, nullptr,
       [&](int n) {
         const int column = n % head_tile;
         return column < head_dim ? n / head_tile * channels + place.head * head_dim + column : -1;
@@ -155,8 +149,8 @@ __global__ void __launch_bounds__(128)
   const T* keys = shared + block_rows * stride;
   const DropoutMask mask(args.inputs.dropout, place);
   OnlineSoftmax<T, head_tile, 64> softmax(logit_scale(shape));
-  softmax.add(LeftRows<T, head_tile>(shared + warp_row * stride), keys,
-      keys + block_rows * stride, tokens, mask, warp_row, 0);
+  softmax.add(LeftRows<T, head_tile>(shared + warp_row * stride), keys, keys + block_rows * stride,
+      tokens, mask, warp_row, 0);
   const int64_t column = place.head * head_dim;
   softmax.finish(x + column, static_cast<T*>(args.out) + first + column,
       args.lse + (place.image * shape.heads + place.head) * tokens + warp_row, channels,
@@ -181,7 +175,8 @@ __global__ void __launch_bounds__(128)
   float result[block_columns / 8][4] = {};
   NormalizedRows<T> rows(inputs, static_cast<const T*>(inputs.x) + first_row * channels, rows_left,
       channels, l.packed);
-  project<T, block_columns>(rows, inputs, channels, l.packed, dynamic_shared<T>(),
+  project<T, block_columns>(
+      rows, inputs, channels, l.packed, dynamic_shared<T>(),
       is_first ? normalized + first_row * channels : nullptr,
       [&](int n) { return first_column + n < 3 * channels ? first_column + n : -1; }, result);
   if (is_first) rows.store_statistics(statistics + 2 * first_row);
@@ -222,8 +217,8 @@ __global__ void __launch_bounds__(128)
   const LeftRows<T, head_tile> queries(shared + warp_row * stride);
   const DropoutMask mask(args.inputs.dropout, place);
   OnlineSoftmax<T, head_tile, tile> softmax(logit_scale(shape));
-  const KeyTiles<T, head_tile> tiles{q, shared + AttentionLaunch::block_rows * stride, tokens,
-      head_dim, channels};
+  const KeyTiles<T, head_tile> tiles{
+      q, shared + AttentionLaunch::block_rows * stride, tokens, head_dim, channels};
   for_each_tile<2>(tiles.count(), tiles, [&](int i, int stage) {
     const int first_key = i * tile;
     softmax.add(queries, tiles.keys(stage), tiles.values(stage), tokens - first_key, mask,
@@ -247,8 +242,7 @@ void with_head_tile(int head_tile, const Body& body) {
 
 template <typename T>
 void launch_projection(const AttentionShape& shape, const AttentionInputs& inputs,
-    const AttentionLaunch& l, void* qkv, void* normalized, float* statistics,
-    cudaStream_t stream) {
+    const AttentionLaunch& l, void* qkv, void* normalized, float* statistics, cudaStream_t stream) {
   const Grid grid{dim3{static_cast<unsigned>(l.projection_blocks())}, dim3{128},
       projection_bytes<AttentionLaunch::block_columns>(AttentionLaunch::block_rows)};
   launch("global_attention_project", global_attention_project<T>, grid, stream, shape, inputs, l,

@@ -64,7 +64,7 @@ struct AttentionBackward {
   void* qkv;                    // (B, M, 3·C)
   void* normalized;             // (B, M, C), LayerNorm of x
   float* statistics;            // (B, M, 2), mean and 1 / deviation
-  float* delta;                 // (B, h, M), Σ P·dP of a query
+  float* row_sums;              // (2, B, h, M), Σ P·dP and 1 / Σ P of a query
   void* grad_qkv;               // (B, M, 3·C)
   const void* grad_normalized;  // (B, M, C)
   void* grad_x;                 // (B, M, C)
@@ -78,16 +78,16 @@ struct AttentionLaunch {
   static constexpr int warp_rows = 16;      // tokens of a warp
   static constexpr int block_rows = 64;     // tokens of a block
   static constexpr int block_columns = 96;  // of the 3·C of Q, K and V
-  bool fused;              // few tokens: from LayerNorm to residual in one kernel
-  bool packed;             // 16 bytes per access to the arguments
-  int head_tile;           // head dimension that the kernel is compiled for
-  int fused_threads;       // of a fused block
-  int64_t row_tiles;       // blocks down the tokens of an image
-  int64_t token_blocks;    // blocks down all B·M tokens
-  int64_t column_blocks;   // blocks across the 3·C columns
-  int64_t slots;           // partial sums over the tokens
-  int64_t slot_rows;       // tokens of each
-  int64_t heads_of_batch;  // B·h
+  bool fused;                               // few tokens: from LayerNorm to residual in one kernel
+  bool packed;                              // 16 bytes per access to the arguments
+  int head_tile;                            // head dimension that the kernel is compiled for
+  int fused_threads;                        // of a fused block
+  int64_t row_tiles;                        // blocks down the tokens of an image
+  int64_t token_blocks;                     // blocks down all B·M tokens
+  int64_t column_blocks;                    // blocks across the 3·C columns
+  int64_t slots;                            // partial sums over the tokens
+  int64_t slot_rows;                        // tokens of each
+  int64_t heads_of_batch;                   // B·h
 
   int64_t attention_blocks() const { return heads_of_batch * row_tiles; }
   int64_t projection_blocks() const { return token_blocks * column_blocks; }
@@ -165,7 +165,7 @@ inline AttentionLaunch attention_launch(const AttentionBackward& args) {
 // nothing.
 void attention_forward(
     const AttentionForward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream);
-// Writes qkv, normalized, statistics, delta, grad_qkv and grad_qkv_bias.
+// Writes qkv, normalized, statistics, row_sums, grad_qkv and grad_qkv_bias.
 void attention_backward_scores(
     const AttentionBackward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream);
 // Writes grad_x and grad_norm, from grad_normalized.

@@ -17,10 +17,15 @@ namespace dsnet::cuda {
 template <typename T>
 constexpr int backward_stages = sizeof(T) == 2 ? 2 : 1;
 
+// In float32, weights are divided by their sum once more: the rounding of lse, one factor for all
+// weights of a query, would be the largest error of all.
+template <typename T>
+constexpr bool is_renormalized = sizeof(T) == 4;
+
 // Columns of one head of a warp's 16 rows to (…, stride), scaled.
 template <typename T, int tiles>
-DSNET_DEVICE void store_rows(const float (&result)[tiles][4], float scale, T* out, int64_t stride,
-    int rows, int columns) {
+DSNET_DEVICE void store_rows(
+    const float (&result)[tiles][4], float scale, T* out, int64_t stride, int rows, int columns) {
   const int lane = lane_id();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -68,7 +73,8 @@ __global__ void __launch_bounds__(128)
   const DropoutMask mask(args.inputs.dropout, place);
   const float scale = logit_scale(shape), scale2 = scale * log2_e;
   const int64_t sums = (place.image * shape.heads + place.head) * tokens + first_query;
-  float lse2[2] = {}, delta[2] = {};
+  const int64_t all_sums = shape.batch * shape.heads * tokens;
+  float lse2[2] = {}, delta[2] = {}, weights[2] = {}, inverse[2] = {1, 1};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
@@ -82,16 +88,14 @@ __global__ void __launch_bounds__(128)
     multiply_transposed(grads, key_tiles.values(stage), used, dp);
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
-      float factors[4] = {1, 1, 1, 1};
-      if (mask.is_active()) mask.of_queries(first_query, i * tile + 8 * t, factors);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool is_real = 8 * t + lane % 4 * 2 + k % 2 < keys;
         const float weight = exp2_approx(fmaf(p[t][k], scale2, -lse2[k / 2]));
         p[t][k] = is_real ? weight : 0.0f;
-        dp[t][k] *= factors[k];
       }
     }
+    if (mask.is_active()) mask.apply(mask.kept_of_queries<tiles>(first_query, i * tile), dp);
     return used;
   };
 
@@ -101,15 +105,20 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) delta[k / 2] = fmaf(p[t][k], dp[t][k], delta[k / 2]);
+      for (int k = 0; k < 4; ++k) {
+        delta[k / 2] = fmaf(p[t][k], dp[t][k], delta[k / 2]);
+        if (is_renormalized<T>) weights[k / 2] += p[t][k];
+      }
     }
   });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    delta[half] = warp_sum(delta[half], 4);
+    if (is_renormalized<T>) inverse[half] = 1.0f / warp_sum(weights[half], 4);
+    delta[half] = warp_sum(delta[half], 4) * inverse[half];
     const int row = lane / 4 + 8 * half;
     if (first_query + row < tokens && lane % 4 == 0) {
-      store_global(args.delta + sums + row, delta[half]);
+      store_global(args.row_sums + sums + row, delta[half]);
+      store_global(args.row_sums + all_sums + sums + row, inverse[half]);
     }
   }
 
@@ -120,7 +129,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) p[t][k] *= dp[t][k] - delta[k / 2];
+      for (int k = 0; k < 4; ++k) p[t][k] *= (dp[t][k] - delta[k / 2]) * inverse[k / 2];
     }
     multiply_result<T>(p, key_tiles.keys(stage), used, grad_q);
   });
@@ -132,15 +141,17 @@ __global__ void __launch_bounds__(128)
 template <typename T, int head_tile>
 constexpr int query_rows = sizeof(T) == 4 && head_tile > 32 ? 16 : 32;
 
-// Tiles of dO and Q of one head with lse and δ of the same queries.
+// Tiles of dO and Q of one head, with what is known of each query.
 template <typename T, int head_tile>
 struct QueryTiles {
   static constexpr int tile = query_rows<T, head_tile>;
   static constexpr int tile_values = tile * row_stride<T, head_tile>;
-  static constexpr size_t vector_bytes = backward_stages<T> * 2 * tile * sizeof(float);
-  const T* grad_rows;       // the head's columns of the image's first token in (B, M, C)
-  const T* q;               // the same in (B, M, 3·C)
-  const float *lse, *delta;  // of the head's first query
+  static constexpr int vectors_of_tile = is_renormalized<T> ? 3 : 2;
+  static constexpr size_t vector_bytes =
+      backward_stages<T> * vectors_of_tile * tile * sizeof(float);
+  const T* grad_rows;      // the head's columns of the image's first token in (B, M, C)
+  const T* q;              // the same in (B, M, 3·C)
+  const float* vector[3];  // lse, δ and 1 / Σ P, of the head's first query
   T* shared;
   int tokens, head_dim;
   int64_t channels;
@@ -150,7 +161,7 @@ struct QueryTiles {
   DSNET_DEVICE T* grads(int stage) const { return shared + 2 * stage * tile_values; }
   DSNET_DEVICE T* queries(int stage) const { return grads(stage) + tile_values; }
   DSNET_DEVICE float* vectors(int stage) const {
-    return reinterpret_cast<float*>(grads(backward_stages<T>)) + 2 * stage * tile;
+    return reinterpret_cast<float*>(grads(backward_stages<T>)) + vectors_of_tile * stage * tile;
   }
 
   DSNET_DEVICE void operator()(int i, int stage) const {
@@ -162,8 +173,10 @@ struct QueryTiles {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < tile) {
       const int at = thread < left ? first + thread : 0, bytes = thread < left ? 4 : 0;
-      copy_async<4>(vectors(stage) + thread, lse + at, bytes);
-      copy_async<4>(vectors(stage) + tile + thread, delta + at, bytes);
+#pragma unroll
+      for (int v = 0; v < vectors_of_tile; ++v) {
+        copy_async<4>(vectors(stage) + v * tile + thread, vector[v] + at, bytes);
+      }
     }
   }
 };
@@ -198,32 +211,44 @@ __global__ void __launch_bounds__(128)
   const DropoutMask mask(args.inputs.dropout, place);
   const float scale = logit_scale(shape), scale2 = scale * log2_e;
   const int64_t sums = (place.image * shape.heads + place.head) * tokens;
+  const int64_t all_sums = shape.batch * shape.heads * tokens;
+  const float* row_sums = args.row_sums + sums;
   const QueryTiles<T, head_tile> query_tiles{
-      static_cast<const T*>(args.grad) + first_token * channels + column, q, args.lse + sums,
-      args.delta + sums, shared + 2 * matrix_values, tokens, head_dim, channels, l.packed};
+      static_cast<const T*>(args.grad) + first_token * channels + column, q,
+      {args.lse + sums, row_sums, row_sums + all_sums}, shared + 2 * matrix_values, tokens,
+      head_dim, channels, l.packed};
   float grad_k[head_tile / 8][4] = {}, grad_v[head_tile / 8][4] = {};
   for_each_tile<backward_stages<T>>(query_tiles.count(), query_tiles, [&](int i, int stage) {
     const int queries = tokens - i * tile, used = queries < tile ? (queries + 7) / 8 : tiles;
     float p[tiles][4] = {}, ds[tiles][4] = {};
     multiply_transposed(keys, query_tiles.queries(stage), used, p);
     multiply_transposed(values, query_tiles.grads(stage), used, ds);
+    uint32_t kept = 0;
+    if (mask.is_active()) {
+      kept = mask.kept_of_keys<tiles>(first_key, i * tile);
+      mask.apply(kept, ds);
+    }
     const float* vectors = query_tiles.vectors(stage);
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
-      float factors[4] = {1, 1, 1, 1};
-      if (mask.is_active()) mask.of_keys(first_key, i * tile + 8 * t, factors);
       const int at = 8 * t + lane % 4 * 2;
       const auto lse = load_shared<Pack<float, 2>>(vectors + at);
       const auto delta = load_shared<Pack<float, 2>>(vectors + tile + at);
+      Pack<float, 2> inverse{{1, 1}};
+      if constexpr (is_renormalized<T>) {
+        inverse = load_shared<Pack<float, 2>>(vectors + 2 * tile + at);
+      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool is_real = at + k % 2 < queries;
-        const float weight = exp2_approx(fmaf(p[t][k], scale2, -lse.values[k % 2] * log2_e));
-        const float gradient = weight * (ds[t][k] * factors[k] - delta.values[k % 2]);
-        p[t][k] = is_real ? weight * factors[k] : 0.0f;
+        const float exponent = fmaf(p[t][k], scale2, -lse.values[k % 2] * log2_e);
+        const float weight = exp2_approx(exponent) * inverse.values[k % 2];
+        const float gradient = weight * (ds[t][k] - delta.values[k % 2]);
+        p[t][k] = is_real ? weight : 0.0f;
         ds[t][k] = is_real ? gradient : 0.0f;
       }
     }
+    if (mask.is_active()) mask.apply(kept, p);
     multiply_result<T>(p, query_tiles.grads(stage), used, grad_v);
     multiply_result<T>(ds, query_tiles.queries(stage), used, grad_k);
   });

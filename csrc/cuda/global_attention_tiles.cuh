@@ -34,8 +34,8 @@ struct HeadPlace {
 // Rows of (…, stride) to shared memory, zero beyond `valid_rows` and `columns`; lands at a
 // wait_copies.
 template <typename T, int head_tile>
-DSNET_DEVICE void copy_rows(T* shared, const T* rows, int64_t stride, int count, int valid_rows,
-    int columns, bool packed) {
+DSNET_DEVICE void copy_rows(
+    T* shared, const T* rows, int64_t stride, int count, int valid_rows, int columns, bool packed) {
   constexpr int width = 16 / sizeof(T), units = head_tile / width;
   for (int i = static_cast<int>(threadIdx.x); i < count * units; i += blockDim.x) {
     const int row = i / units, column = i % units * width;
@@ -299,29 +299,54 @@ class DropoutMask {
 
   DSNET_DEVICE bool is_active() const { return threshold_ > 0; }
 
-  // Factors of a tile whose rows are queries and whose columns are keys, both from the given ones
-  // on, the keys from a multiple of 8. Two lanes share the words of four keys: each draws a row.
-  DSNET_DEVICE void of_queries(int first_query, int first_key, float (&factors)[4]) const {
+  // Bit 4·t + i is set where value i of tile t stays. Rows are queries and columns are keys, both
+  // from the given ones on, the keys from a multiple of 8. Two lanes share the words of four keys:
+  // each draws a row. Loops stay loops: generators side by side would take the registers.
+  template <int tiles>
+  DSNET_DEVICE uint32_t kept_of_queries(int first_query, int first_key) const {
+    static_assert(tiles <= 8, "four bits of a word for each tile");
     const int lane = lane_id(), is_odd = lane % 2;
     const int query = first_query + lane / 4 + 8 * is_odd;
-    const PhiloxWords words = draw(first_key / 4 + lane % 4 / 2, query);
-    const uint32_t got0 = shuffle_xor(is_odd ? words.word[0] : words.word[2], 1);
-    const uint32_t got1 = shuffle_xor(is_odd ? words.word[1] : words.word[3], 1);
-    factors[0] = factor(is_odd ? got0 : words.word[0]);
-    factors[1] = factor(is_odd ? got1 : words.word[1]);
-    factors[2] = factor(is_odd ? words.word[2] : got0);
-    factors[3] = factor(is_odd ? words.word[3] : got1);
+    uint32_t kept = 0;
+#pragma unroll 1
+    for (int t = 0; t < tiles; ++t) {
+      const PhiloxWords words = draw(first_key / 4 + 2 * t + lane % 4 / 2, query);
+      const uint32_t got0 = shuffle_xor(is_odd ? words.word[0] : words.word[2], 1);
+      const uint32_t got1 = shuffle_xor(is_odd ? words.word[1] : words.word[3], 1);
+      const uint32_t own0 = is_odd ? words.word[2] : words.word[0];
+      const uint32_t own1 = is_odd ? words.word[3] : words.word[1];
+      kept |= (is_odd ? bits(got0, got1, own0, own1) : bits(own0, own1, got0, got1)) << 4 * t;
+    }
+    return kept;
   }
 
   // The same where rows are keys and columns are queries: four lanes share the words of four keys,
   // and each draws one of their four pairs of row and query.
-  DSNET_DEVICE void of_keys(int first_key, int first_query, float (&factors)[4]) const {
+  template <int tiles>
+  DSNET_DEVICE uint32_t kept_of_keys(int first_key, int first_query) const {
+    static_assert(tiles <= 8, "four bits of a word for each tile");
     const int lane = lane_id(), drawn = lane / 4 % 4;
     const int key_block = first_key / 4 + 2 * (drawn / 2) + lane / 16;
-    PhiloxWords words = draw(key_block, first_query + lane % 4 * 2 + drawn % 2);
-    transpose_among_lanes(words.word, 4);
+    uint32_t kept = 0;
+#pragma unroll 1
+    for (int t = 0; t < tiles; ++t) {
+      PhiloxWords words = draw(key_block, first_query + 8 * t + lane % 4 * 2 + drawn % 2);
+      transpose_among_lanes(words.word, 4);
+      kept |= bits(words.word[0], words.word[1], words.word[2], words.word[3]) << 4 * t;
+    }
+    return kept;
+  }
+
+  // Zero where `kept` has no bit, the others scaled.
+  template <int tiles>
+  DSNET_DEVICE void apply(uint32_t kept, float (&values)[tiles][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) factors[i] = factor(words.word[i]);
+    for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[t][i] = kept >> (4 * t + i) & 1 ? values[t][i] * kept_scale_ : 0.0f;
+      }
+    }
   }
 
  private:
@@ -329,8 +354,9 @@ class DropoutMask {
     return philox(
         seed_, static_cast<uint32_t>(key_block), static_cast<uint32_t>(query), head_, image_);
   }
-  DSNET_DEVICE float factor(uint32_t word) const {
-    return word < threshold_ ? 0.0f : kept_scale_;
+  DSNET_DEVICE uint32_t bits(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) const {
+    return uint32_t{w0 >= threshold_} | uint32_t{w1 >= threshold_} << 1 |
+           uint32_t{w2 >= threshold_} << 2 | uint32_t{w3 >= threshold_} << 3;
   }
 
   uint32_t threshold_;

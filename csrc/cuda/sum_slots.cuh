@@ -31,8 +31,8 @@ static __global__ void __launch_bounds__(SlotSum::values* SlotSum::segments)
   store_global(sums + i, sum);
 }
 
-inline void sum_slots(const float* partials, int64_t slots, int64_t count, float* sums,
-    cudaStream_t stream) {
+inline void sum_slots(
+    const float* partials, int64_t slots, int64_t count, float* sums, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((count + SlotSum::values - 1) / SlotSum::values);
   launch("sum_slots", sum_slots_kernel, {dim3{blocks}, dim3{SlotSum::values, SlotSum::segments}},
       stream, partials, slots, count, sums);

@@ -1,5 +1,5 @@
 // Python module: the global attention's CUDA launchers in the emulator.
-#include "cuda/global_attention.cuh"
+#include "cuda/global_attention_backward.cuh"
 
 #include "emulator/bind.h"
 
@@ -32,17 +32,30 @@ PYBIND11_MODULE(emulator_global_attention, m) {
         return AttentionShape{batch, tokens, width, heads, width / heads};
       }));
   py::class_<AttentionInputs>(m, "Inputs")
-      .def(py::init([](uintptr_t x, Parameter norm_weight, Parameter norm_bias,
-                        uintptr_t qkv_weight, Parameter qkv_bias, double eps, double dropout_p,
-                        uintptr_t seed) {
-        return AttentionInputs{at<void>(x), norm_weight, norm_bias, at<void>(qkv_weight), qkv_bias,
-            static_cast<float>(eps), dropout_of(dropout_p, at<int64_t>(seed))};
-      }));
+      .def(
+          py::init([](uintptr_t x, Parameter norm_weight, Parameter norm_bias, uintptr_t qkv_weight,
+                       Parameter qkv_bias, double eps, double dropout_p, uintptr_t seed) {
+            return AttentionInputs{at<void>(x), norm_weight, norm_bias, at<void>(qkv_weight),
+                qkv_bias, static_cast<float>(eps), dropout_of(dropout_p, at<int64_t>(seed))};
+          }));
   py::class_<AttentionForward>(m, "Forward")
       .def(py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t out, uintptr_t lse,
                         uintptr_t qkv) {
         return AttentionForward{shape, inputs, at<void>(out), at<float>(lse), at<void>(qkv)};
       }));
+  py::class_<AttentionBackward>(m, "Backward")
+      .def(py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
+                        uintptr_t qkv, uintptr_t normalized, uintptr_t statistics,
+                        uintptr_t row_sums, uintptr_t grad_qkv, uintptr_t grad_x,
+                        uintptr_t partials, uintptr_t grad_norm, uintptr_t grad_qkv_bias) {
+        return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
+            at<void>(normalized), at<float>(statistics), at<float>(row_sums), at<void>(grad_qkv),
+            nullptr, at<void>(grad_x), at<float>(partials), at<float>(grad_norm),
+            at<float>(grad_qkv_bias)};
+      }))
+      .def_property("grad_normalized", nullptr, [](AttentionBackward& args, uintptr_t address) {
+        args.grad_normalized = at<void>(address);
+      });
 
   py::class_<AttentionLaunch>(m, "Launch")
       .def_readonly_static("block_rows", &AttentionLaunch::block_rows)
@@ -64,4 +77,13 @@ PYBIND11_MODULE(emulator_global_attention, m) {
   m.def("forward", [](const AttentionForward& args, Storage storage, const AttentionLaunch& l) {
     attention_forward(args, storage, l, nullptr);
   });
+  m.def("launch", [](const AttentionBackward& args) { return attention_launch(args); });
+  m.def("backward_scores",
+      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
+        attention_backward_scores(args, storage, l, nullptr);
+      });
+  m.def("backward_norm",
+      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
+        attention_backward_norm(args, storage, l, nullptr);
+      });
 }
