@@ -93,13 +93,17 @@ DSNET_DEVICE void multiply_transposed(
         const T* row = from + 8 * t * stride + k;
         const auto b0 = load_shared<Pack<float, 4>>(row);
         const auto b1 = load_shared<Pack<float, 4>>(row + stride);
+        // Four products are added by themselves first: a quarter of the roundings at full size.
+        float part[4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          result[t][0] = fmaf(a[0].values[i], b0.values[i], result[t][0]);
-          result[t][1] = fmaf(a[0].values[i], b1.values[i], result[t][1]);
-          result[t][2] = fmaf(a[1].values[i], b0.values[i], result[t][2]);
-          result[t][3] = fmaf(a[1].values[i], b1.values[i], result[t][3]);
+          part[0] = fmaf(a[0].values[i], b0.values[i], part[0]);
+          part[1] = fmaf(a[0].values[i], b1.values[i], part[1]);
+          part[2] = fmaf(a[1].values[i], b0.values[i], part[2]);
+          part[3] = fmaf(a[1].values[i], b1.values[i], part[3]);
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[t][i] += part[i];
       }
     }
   }

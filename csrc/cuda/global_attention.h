@@ -56,7 +56,6 @@ struct AttentionForward {
 
 // Two parts, with the dense products between them: grad_normalized = grad_qkv · qkv_weight.
 struct AttentionBackward {
-  static constexpr int norm_gradient_rows = 2;  // weight, bias
   AttentionShape shape;
   AttentionInputs inputs;
   const void* grad;             // (B, M, C) contiguous
@@ -69,7 +68,8 @@ struct AttentionBackward {
   const void* grad_normalized;  // (B, M, C)
   void* grad_x;                 // (B, M, C)
   float* partials;              // (slots, 3·C), each value written once
-  float* grad_norm;             // (2, C), of weight and bias
+  float* grad_norm_weight;      // (C)
+  float* grad_norm_bias;        // (C)
   float* grad_qkv_bias;         // (3·C)
 };
 
@@ -168,7 +168,7 @@ void attention_forward(
 // Writes qkv, normalized, statistics, row_sums, grad_qkv and grad_qkv_bias.
 void attention_backward_scores(
     const AttentionBackward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream);
-// Writes grad_x and grad_norm, from grad_normalized.
+// Writes grad_x, grad_norm_weight and grad_norm_bias, from grad_normalized.
 void attention_backward_norm(
     const AttentionBackward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream);
 

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(8 * NormBackward::rows)
 }
 
 // Of one slot's rows of `matrix` (rows, columns): with x the sums of matrix·unit and of matrix,
-// else the latter alone. Writes (slots, 2 or 1, columns).
+// else the latter alone. Writes (2 or 1, slots, columns).
 template <typename T, bool has_norm>
 __global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes)
     global_attention_column_sums(const T* matrix, const T* x, const float* statistics, int64_t rows,
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes
   float* exchange = exchange_storage;
   const int64_t groups = (columns + block_columns - 1) / block_columns;
   const int64_t column = blockIdx.x % groups * block_columns + threadIdx.x;
-  const int64_t slot = blockIdx.x / groups;
+  const int64_t slot = blockIdx.x / groups, slots = gridDim.x / groups;
   const int64_t end = (slot + 1) * slot_rows < rows ? (slot + 1) * slot_rows : rows;
   float sums[results] = {};
   if (column < columns) {
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes
     sum += load_shared<float>(
         exchange + (r * NormBackward::row_lanes + i) * block_columns + threadIdx.x);
   }
-  store_global(partials + (slot * results + r) * columns + column, sum);
+  store_global(partials + (r * slots + slot) * columns + column, sum);
 }
 
 template <typename T, bool has_norm>
@@ -405,8 +405,9 @@ void attention_backward_norm(
         {dim3{blocks}, dim3{8 * NormBackward::rows}}, stream, args, l);
     launch_column_sums<T, true>(args, l, args.grad_normalized, args.shape.width, stream);
   });
-  sum_slots(args.partials, l.slots, AttentionBackward::norm_gradient_rows * args.shape.width,
-      args.grad_norm, stream);
+  const int64_t width = args.shape.width;
+  sum_slots(args.partials, l.slots, width, args.grad_norm_weight, stream);
+  sum_slots(args.partials + l.slots * width, l.slots, width, args.grad_norm_bias, stream);
 }
 
 }  // namespace dsnet::cuda

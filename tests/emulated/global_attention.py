@@ -89,7 +89,8 @@ def backward(
     """
     batch, tokens, width = x.shape
     shapes = {
-        "grad_norm": (2, width),
+        "grad_norm_weight": (width,),
+        "grad_norm_bias": (width,),
         "grad_qkv_bias": (3 * width,),
     }
     if x.numel() == 0:
@@ -123,13 +124,13 @@ def backward(
     grad_normalized = grad_qkv @ qkv_weight.detach().to(x.dtype).float()
     args.grad_normalized = call.place("grad_normalized", grad_normalized.to(x.dtype))
     emulator.backward_norm(args, call.storage, launch)
-    grad_norm, grad_qkv_bias = (call.result(name, single, size) for name, size in shapes.items())
+    norm_weight, norm_bias, bias = (call.result(name, single, shapes[name]) for name in shapes)
     return (
         call.result("grad_x", x.dtype, tuple(x.shape)),
-        grad_norm[0],
-        grad_norm[1],
+        norm_weight,
+        norm_bias,
         grad_qkv_weight,
-        grad_qkv_bias,
+        bias,
     )
 
 

@@ -44,15 +44,16 @@ PYBIND11_MODULE(emulator_global_attention, m) {
         return AttentionForward{shape, inputs, at<void>(out), at<float>(lse), at<void>(qkv)};
       }));
   py::class_<AttentionBackward>(m, "Backward")
-      .def(py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
-                        uintptr_t qkv, uintptr_t normalized, uintptr_t statistics,
-                        uintptr_t row_sums, uintptr_t grad_qkv, uintptr_t grad_x,
-                        uintptr_t partials, uintptr_t grad_norm, uintptr_t grad_qkv_bias) {
-        return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
-            at<void>(normalized), at<float>(statistics), at<float>(row_sums), at<void>(grad_qkv),
-            nullptr, at<void>(grad_x), at<float>(partials), at<float>(grad_norm),
-            at<float>(grad_qkv_bias)};
-      }))
+      .def(py::init(
+          [](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
+              uintptr_t qkv, uintptr_t normalized, uintptr_t statistics, uintptr_t row_sums,
+              uintptr_t grad_qkv, uintptr_t grad_x, uintptr_t partials, uintptr_t grad_norm_weight,
+              uintptr_t grad_norm_bias, uintptr_t grad_qkv_bias) {
+            return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
+                at<void>(normalized), at<float>(statistics), at<float>(row_sums),
+                at<void>(grad_qkv), nullptr, at<void>(grad_x), at<float>(partials),
+                at<float>(grad_norm_weight), at<float>(grad_norm_bias), at<float>(grad_qkv_bias)};
+          }))
       .def_property("grad_normalized", nullptr, [](AttentionBackward& args, uintptr_t address) {
         args.grad_normalized = at<void>(address);
       });

@@ -1,0 +1,203 @@
+// Self-attention among the global tokens on NVIDIA GPUs: checks, allocation, dense products of the
+// backward, registration.
+#include "cuda/global_attention.h"
+
+#include <array>
+
+#include "bindings/cuda/launch.h"
+
+namespace dsnet {
+namespace {
+
+using torch::headeronly::toString;
+
+cuda::AttentionShape check_attention(const Tensor& x, int64_t num_heads, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias) {
+  check(x.dim() == 3, "x: expected shape (B, M, C), got ", shape_text(x.sizes()));
+  const int64_t width = x.size(2);
+  check(num_heads > 0 && width > 0 && width % num_heads == 0,
+      "num_heads: expected a divisor of the channels, ", width, ", got ", num_heads);
+  const int64_t head_dim = width / num_heads;
+  check(head_dim % 8 == 0 && head_dim <= 128,
+      "num_heads: expected a head dimension that is a multiple of 8 up to 128, got ", head_dim);
+  check_shape("norm_weight", norm_weight, {width});
+  check_shape("norm_bias", norm_bias, {width});
+  check_shape("qkv_weight", qkv_weight, {3 * width, width});
+  check_shape("qkv_bias", qkv_bias, {3 * width});
+  return {x.size(0), x.size(1), width, num_heads, head_dim};
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
+  check(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+      ": expected x's device");
+}
+
+void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
+  check(tensor.scalar_type() == dtype, name, ": expected ", toString(dtype), ", got ",
+      toString(tensor.scalar_type()));
+}
+
+Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, x.device());
+}
+
+// Everything that both directions read, alive as long as this is.
+class Inputs {
+ public:
+  Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+      const Tensor& qkv_weight, const Tensor& qkv_bias, double eps, double dropout_p,
+      const OptionalTensor& seed)
+      : x_(torch::stable::contiguous(x)),
+        norm_weight_("norm_weight", norm_weight, x),
+        norm_bias_("norm_bias", norm_bias, x),
+        qkv_weight_(with_dtype_of(x, qkv_weight)),
+        qkv_bias_("qkv_bias", qkv_bias, x),
+        eps_(static_cast<float>(eps)) {
+    check(0 <= dropout_p && dropout_p < 1, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
+    if (dropout_p == 0) return;
+    check(seed.has_value(), "seed: expected a tensor with dropout_p above 0, got None");
+    check(seed->dim() == 0, "seed: expected shape (), got ", shape_text(seed->sizes()));
+    check_dtype("seed", *seed, ScalarType::Long);
+    check_device("seed", *seed, x);
+    seed_ = seed;
+    dropout_ = cuda::dropout_of(dropout_p, static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+
+  // (3·C, C) in x's dtype.
+  const Tensor& qkv_weight() const { return qkv_weight_; }
+  cuda::AttentionInputs view() const {
+    return {x_.const_data_ptr(), norm_weight_.view(), norm_bias_.view(),
+        qkv_weight_.const_data_ptr(), qkv_bias_.view(), eps_, dropout_};
+  }
+
+ private:
+  static Tensor with_dtype_of(const Tensor& x, const Tensor& qkv_weight) {
+    const Values checked("qkv_weight", qkv_weight, x);
+    return torch::stable::contiguous(torch::stable::to(qkv_weight, x.scalar_type()));
+  }
+
+  Tensor x_;
+  Values norm_weight_, norm_bias_;
+  Tensor qkv_weight_;
+  Values qkv_bias_;
+  float eps_;
+  OptionalTensor seed_;
+  cuda::Dropout dropout_;
+};
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The same in float32, whatever the dtype of a and b.
+Tensor float32_product(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == ScalarType::Float) return product(a, b);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+      torch::stable::detail::from(ScalarType::Float)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
+    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
+  const auto shape = check_attention(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias);
+  const cuda::Storage storage = storage_of(x);
+  const auto [batch, tokens, width, heads, head_dim] = shape;
+  const Launch on(x);
+  Tensor out = empty_like_device(x, {batch, tokens, width}, x.scalar_type());
+  Tensor lse = empty_like_device(x, {batch, heads, tokens}, ScalarType::Float);
+  if (batch * tokens == 0) return {out, lse};
+
+  const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
+  cuda::AttentionForward args{shape, inputs.view(), out.mutable_data_ptr(),
+      static_cast<float*>(lse.mutable_data_ptr()), nullptr};
+  const cuda::AttentionLaunch launch = cuda::attention_launch(args);
+  OptionalTensor qkv;
+  if (!launch.fused) {
+    qkv = empty_like_device(x, {batch, tokens, 3 * width}, x.scalar_type());
+    args.qkv = qkv->mutable_data_ptr();
+  }
+  cuda::attention_forward(args, storage, launch, on.stream());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad,
+    const Tensor& x, const Tensor& lse, int64_t num_heads, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double eps,
+    double dropout_p, const OptionalTensor& seed) {
+  const auto shape = check_attention(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias);
+  const cuda::Storage storage = storage_of(x);
+  const auto [batch, tokens, width, heads, head_dim] = shape;
+  check_shape("grad", grad, {batch, tokens, width});
+  check_dtype("grad", grad, x.scalar_type());
+  check_device("grad", grad, x);
+  check_shape("lse", lse, {batch, heads, tokens});
+  check_dtype("lse", lse, ScalarType::Float);
+  check_device("lse", lse, x);
+  const Launch on(x);
+  const int64_t rows = batch * tokens;
+  const auto floats = [&](const std::vector<int64_t>& sizes) {
+    return empty_like_device(x, sizes, ScalarType::Float);
+  };
+  const auto values = [&](const std::vector<int64_t>& sizes) {
+    return empty_like_device(x, sizes, x.scalar_type());
+  };
+  Tensor grad_x = values({batch, tokens, width});
+  Tensor grad_norm_weight = floats({width}), grad_norm_bias = floats({width});
+  Tensor grad_qkv_bias = floats({3 * width});
+  if (rows == 0) {
+    Tensor grad_qkv_weight = floats({3 * width, width});
+    for (Tensor* sum : {&grad_norm_weight, &grad_norm_bias, &grad_qkv_weight, &grad_qkv_bias}) {
+      torch::stable::zero_(*sum);
+    }
+    return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
+  }
+
+  const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
+  const Tensor grad_source = torch::stable::contiguous(grad);
+  const Tensor lse_source = torch::stable::contiguous(lse);
+  const Tensor qkv = values({rows, 3 * width}), grad_qkv = values({rows, 3 * width});
+  const Tensor normalized = values({rows, width});
+  const Tensor statistics = floats({rows, 2}), row_sums = floats({2, batch, heads, tokens});
+  const auto float_data = [](const Tensor& tensor) {
+    return static_cast<float*>(tensor.mutable_data_ptr());
+  };
+  cuda::AttentionBackward args{};
+  args.shape = shape;
+  args.inputs = inputs.view();
+  args.grad = grad_source.const_data_ptr();
+  args.lse = static_cast<const float*>(lse_source.const_data_ptr());
+  args.qkv = qkv.mutable_data_ptr();
+  args.normalized = normalized.mutable_data_ptr();
+  args.statistics = float_data(statistics);
+  args.row_sums = float_data(row_sums);
+  args.grad_qkv = grad_qkv.mutable_data_ptr();
+  args.grad_x = grad_x.mutable_data_ptr();
+  args.grad_norm_weight = float_data(grad_norm_weight);
+  args.grad_norm_bias = float_data(grad_norm_bias);
+  args.grad_qkv_bias = float_data(grad_qkv_bias);
+  const cuda::AttentionLaunch launch = cuda::attention_launch(args);
+  const Tensor partials = floats({launch.slots, 3 * width});
+  args.partials = float_data(partials);
+  cuda::attention_backward_scores(args, storage, launch, on.stream());
+
+  const Tensor grad_normalized = product(grad_qkv, inputs.qkv_weight());
+  args.grad_normalized = grad_normalized.const_data_ptr();
+  cuda::attention_backward_norm(args, storage, launch, on.stream());
+  Tensor grad_qkv_weight = float32_product(torch::stable::transpose(grad_qkv, 0, 1), normalized);
+  return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
+}
+
+}  // namespace dsnet
+
+STABLE_TORCH_LIBRARY_IMPL(dsnet_kernels, CUDA, m) {
+  m.impl("global_attention", TORCH_BOX(&dsnet::global_attention));
+  m.impl("global_attention_backward", TORCH_BOX(&dsnet::global_attention_backward));
+}
