@@ -20,7 +20,7 @@ constexpr int row_stride = columns + 16 / static_cast<int>(sizeof(T));
 template <typename T, int depth>
 class LeftRows {
  public:
-  static constexpr bool is_held = depth <= 64;
+  static constexpr bool is_held = depth <= 32;
 
   DSNET_DEVICE explicit LeftRows(const T* rows)
       : source_(rows + lane_id() % 16 * row_stride<T, depth> + lane_id() / 16 * 8) {
@@ -68,7 +68,8 @@ DSNET_DEVICE void multiply_transposed(
   const int lane = lane_id();
   if constexpr (sizeof(T) == 2) {
     const T* from = right + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
-#pragma unroll
+    constexpr int steps_at_once = depth > 64 ? 1 : depth / 16;  // limit: registers
+#pragma unroll steps_at_once
     for (int k = 0; k < depth / 16; ++k) {
       uint32_t a[4];
       left.fragment(k, a);
@@ -141,17 +142,22 @@ DSNET_DEVICE void multiply_result(
 #pragma unroll
     for (int k = 0; k < depth_tiles; ++k) {
       if (k >= used) continue;
+      // Two rows at a time: more at once would only take registers.
+#pragma unroll 1
+      for (int source = 0; source < 4; ++source) {
+        const T* row = from + (8 * k + 2 * source) * stride;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float low = shuffle(left[k][j % 2], j / 2, full_warp, 4);
-        const float high = shuffle(left[k][2 + j % 2], j / 2, full_warp, 4);
+        for (int j = 0; j < 2; ++j) {
+          const float low = shuffle(left[k][j], source, full_warp, 4);
+          const float high = shuffle(left[k][2 + j], source, full_warp, 4);
 #pragma unroll
-        for (int t = 0; t < tiles; ++t) {
-          const auto b = load_shared<Pack<float, 2>>(from + (8 * k + j) * stride + 8 * t);
-          result[t][0] = fmaf(low, b.values[0], result[t][0]);
-          result[t][1] = fmaf(low, b.values[1], result[t][1]);
-          result[t][2] = fmaf(high, b.values[0], result[t][2]);
-          result[t][3] = fmaf(high, b.values[1], result[t][3]);
+          for (int t = 0; t < tiles; ++t) {
+            const auto b = load_shared<Pack<float, 2>>(row + j * stride + 8 * t);
+            result[t][0] = fmaf(low, b.values[0], result[t][0]);
+            result[t][1] = fmaf(low, b.values[1], result[t][1]);
+            result[t][2] = fmaf(high, b.values[0], result[t][2]);
+            result[t][3] = fmaf(high, b.values[1], result[t][3]);
+          }
         }
       }
     }

@@ -108,11 +108,11 @@ DSNET_DEVICE float logit_scale(const AttentionShape& shape) {
 
 // One head of one image, M ≤ 64 tokens and d ≤ 32.
 template <typename T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     global_attention_fused(const AttentionForward args, const AttentionLaunch l) {
   constexpr int head_tile = 32, stride = row_stride<T, head_tile>;
   const AttentionShape& shape = args.shape;
-  const HeadPlace place(shape, 1);
+  const HeadPlace place(shape, 1, blockIdx.x);
   const int tokens = static_cast<int>(shape.tokens), head_dim = static_cast<int>(shape.head_dim);
   const int channels = static_cast<int>(shape.width);
   const int lane = lane_id(), block_rows = static_cast<int>(blockDim.x / 2);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(128)
 
 // 64 tokens and 96 of the 3·C columns of Q, K and V; also LayerNorm and statistics unless null.
 template <typename T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     global_attention_project(const AttentionShape shape, const AttentionInputs inputs,
         const AttentionLaunch l, T* qkv, T* normalized, float* statistics) {
   constexpr int block_columns = AttentionLaunch::block_columns;
@@ -194,13 +194,19 @@ __global__ void __launch_bounds__(128)
   }
 }
 
+// Blocks that share a multiprocessor, by the registers that they take without spills.
+template <int head_tile>
+constexpr int forward_attention_blocks = head_tile > 64   ? 3
+                                         : head_tile > 32 ? 4
+                                                          : 5;
+
 // 64 queries of one head.
 template <typename T, int head_tile>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, forward_attention_blocks<head_tile>)
     global_attention_forward(const AttentionForward args, const AttentionLaunch l) {
   constexpr int tile = tile_rows<T, head_tile>, stride = row_stride<T, head_tile>;
   const AttentionShape& shape = args.shape;
-  const HeadPlace place(shape, l.row_tiles);
+  const HeadPlace place(shape, l.row_tiles, blockIdx.x);
   const int tokens = static_cast<int>(shape.tokens), head_dim = static_cast<int>(shape.head_dim);
   const int64_t channels = shape.width;
   const int warp_row = static_cast<int>(threadIdx.x / 32) * AttentionLaunch::warp_rows;

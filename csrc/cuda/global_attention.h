@@ -142,7 +142,8 @@ inline AttentionLaunch attention_launch_for(const AttentionShape& shape, bool pa
   constexpr int64_t max_slots = 128, least_rows = 64;
   l.slot_rows = std::max(least_rows, divide_up(all_tokens, max_slots));
   l.slots = divide_up(all_tokens, l.slot_rows);
-  if (std::max(l.attention_blocks(), l.projection_blocks()) > max_blocks) {
+  // The backward may have two blocks for each of attention.
+  if (std::max(2 * l.attention_blocks(), l.projection_blocks()) > max_blocks) {
     throw std::invalid_argument("x: expected at most 2147483647 blocks of 64 tokens, got " +
                                 std::to_string(l.attention_blocks()) + " of attention and " +
                                 std::to_string(l.projection_blocks()) + " of projection");

@@ -43,14 +43,19 @@ DSNET_DEVICE void store_rows(
   }
 }
 
+// Blocks that share a multiprocessor, by the registers that they take without spills.
+constexpr int query_blocks = 3;
+template <typename T, int head_tile>
+constexpr int key_blocks = head_tile > 32 || sizeof(T) == 4 ? 2 : 3;
+
 // δ and dQ of 64 queries of one head.
 template <typename T, int head_tile>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, query_blocks)
     global_attention_backward_queries(const AttentionBackward args, const AttentionLaunch l) {
   constexpr int tile = tile_rows<T, head_tile>, tiles = tile / 8;
   constexpr int matrix_values = AttentionLaunch::block_rows * row_stride<T, head_tile>;
   const AttentionShape& shape = args.shape;
-  const HeadPlace place(shape, l.row_tiles);
+  const HeadPlace place(shape, l.row_tiles, blockIdx.x);
   const int tokens = static_cast<int>(shape.tokens), head_dim = static_cast<int>(shape.head_dim);
   const int64_t channels = shape.width, column = int64_t{place.head} * head_dim;
   const int lane = lane_id();
@@ -141,6 +146,10 @@ __global__ void __launch_bounds__(128)
 template <typename T, int head_tile>
 constexpr int query_rows = sizeof(T) == 4 && head_tile > 32 ? 16 : 32;
 
+// Blocks between which dK and dV of the same keys are shared.
+template <int head_tile>
+constexpr int key_parts = head_tile > 64 ? 2 : 1;
+
 // Tiles of dO and Q of one head, with what is known of each query.
 template <typename T, int head_tile>
 struct QueryTiles {
@@ -181,14 +190,17 @@ struct QueryTiles {
   }
 };
 
-// dK and dV of 64 keys of one head.
+// dK and dV of 64 keys of one head, or one of the two where a block's registers hold no more.
 template <typename T, int head_tile>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, key_blocks<T, head_tile>)
     global_attention_backward_keys(const AttentionBackward args, const AttentionLaunch l) {
   constexpr int tile = query_rows<T, head_tile>, tiles = tile / 8;
+  constexpr int parts = key_parts<head_tile>;
   constexpr int matrix_values = AttentionLaunch::block_rows * row_stride<T, head_tile>;
   const AttentionShape& shape = args.shape;
-  const HeadPlace place(shape, l.row_tiles);
+  const HeadPlace place(shape, l.row_tiles, blockIdx.x / parts);
+  const bool has_v = parts == 1 || blockIdx.x % parts == 0;
+  const bool has_k = parts == 1 || !has_v;
   const int tokens = static_cast<int>(shape.tokens), head_dim = static_cast<int>(shape.head_dim);
   const int64_t channels = shape.width, column = int64_t{place.head} * head_dim;
   const int lane = lane_id();
@@ -217,7 +229,9 @@ __global__ void __launch_bounds__(128)
       static_cast<const T*>(args.grad) + first_token * channels + column, q,
       {args.lse + sums, row_sums, row_sums + all_sums}, shared + 2 * matrix_values, tokens,
       head_dim, channels, l.packed};
-  float grad_k[head_tile / 8][4] = {}, grad_v[head_tile / 8][4] = {};
+  float sums_of[2 / parts][head_tile / 8][4] = {};
+  auto& grad_v = sums_of[0];
+  auto& grad_k = sums_of[1 / parts];
   for_each_tile<backward_stages<T>>(query_tiles.count(), query_tiles, [&](int i, int stage) {
     const int queries = tokens - i * tile, used = queries < tile ? (queries + 7) / 8 : tiles;
     float p[tiles][4] = {}, ds[tiles][4] = {};
@@ -249,12 +263,16 @@ __global__ void __launch_bounds__(128)
       }
     }
     if (mask.is_active()) mask.apply(kept, p);
-    multiply_result<T>(p, query_tiles.grads(stage), used, grad_v);
-    multiply_result<T>(ds, query_tiles.queries(stage), used, grad_k);
+    if (has_v) multiply_result<T>(p, query_tiles.grads(stage), used, grad_v);
+    if (has_k) multiply_result<T>(ds, query_tiles.queries(stage), used, grad_k);
   });
   T* out = static_cast<T*>(args.grad_qkv) + (first_token + first_key) * 3 * channels + column;
-  store_rows(grad_k, scale, out + channels, 3 * channels, tokens - first_key, head_dim);
-  store_rows(grad_v, 1.0f, out + 2 * channels, 3 * channels, tokens - first_key, head_dim);
+  if (has_k) {
+    store_rows(grad_k, scale, out + channels, 3 * channels, tokens - first_key, head_dim);
+  }
+  if (has_v) {
+    store_rows(grad_v, 1.0f, out + 2 * channels, 3 * channels, tokens - first_key, head_dim);
+  }
 }
 
 // Threads of the two kernels below: rows of a block, and columns of a block and rows at once.
@@ -384,7 +402,7 @@ void attention_backward_scores(
           {blocks, dim3{128}, attention_bytes<T, tile>(2, stages, tile_rows<T, tile>)}, stream,
           args, l);
       launch("global_attention_backward_keys", global_attention_backward_keys<T, tile>,
-          {blocks, dim3{128},
+          {dim3{blocks.x * key_parts<tile>}, dim3{128},
               attention_bytes<T, tile>(2, stages, query_rows<T, tile>) +
                   QueryTiles<T, tile>::vector_bytes},
           stream, args, l);

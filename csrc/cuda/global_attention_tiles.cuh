@@ -22,12 +22,12 @@ struct HeadPlace {
   int head;
   int first_row;
 
-  DSNET_DEVICE HeadPlace(const AttentionShape& shape, int64_t row_tiles) {
+  DSNET_DEVICE HeadPlace(const AttentionShape& shape, int64_t row_tiles, unsigned block) {
     const auto tiles = static_cast<unsigned>(row_tiles);
     const auto heads = static_cast<unsigned>(shape.heads);
-    first_row = static_cast<int>(blockIdx.x % tiles) * AttentionLaunch::block_rows;
-    head = static_cast<int>(blockIdx.x / tiles % heads);
-    image = blockIdx.x / tiles / heads;
+    first_row = static_cast<int>(block % tiles) * AttentionLaunch::block_rows;
+    head = static_cast<int>(block / tiles % heads);
+    image = block / tiles / heads;
   }
 };
 
