@@ -58,8 +58,8 @@ OPERATION = register(
     Operation(
         "global_attention",
         tensors=("x",),
-        present={"cuda": native.cuda_refusal, "sdpa": lambda: None},
-        can_run={"cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
+        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal, "sdpa": lambda: None},
+        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
     )
 )
 

@@ -50,7 +50,7 @@ std::string attention_launch(const std::array<int64_t, 3>& extents, int64_t num_
                           std::to_string(num_heads));
   }
   dsnet::cuda::AttentionForward args{};
-  args.shape = {batch, tokens, width, num_heads, width / num_heads};
+  args.shape = {batch, tokens, num_heads, width / num_heads};
   return text(dsnet::cuda::attention_launch(args));
 }
 

@@ -18,9 +18,9 @@ namespace dsnet::cuda {
 struct AttentionShape {
   int64_t batch;
   int64_t tokens;
-  int64_t width;  // C
   int64_t heads;
-  int64_t head_dim;  // C / h
+  int64_t head_dim;
+  int64_t width = heads * head_dim;  // C
 };
 
 // Dropout of attention weights; without it the threshold is 0 and the seed is not read.

@@ -29,7 +29,7 @@ PYBIND11_MODULE(emulator_global_attention, m) {
   }));
   py::class_<AttentionShape>(m, "Shape")
       .def(py::init([](int64_t batch, int64_t tokens, int64_t width, int64_t heads) {
-        return AttentionShape{batch, tokens, width, heads, width / heads};
+        return AttentionShape{batch, tokens, heads, width / heads};
       }));
   py::class_<AttentionInputs>(m, "Inputs")
       .def(

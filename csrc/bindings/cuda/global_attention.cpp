@@ -11,22 +11,6 @@ namespace {
 
 using torch::headeronly::toString;
 
-cuda::AttentionShape check_attention(const Tensor& x, int64_t num_heads, const Tensor& norm_weight,
-    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias) {
-  check(x.dim() == 3, "x: expected shape (B, M, C), got ", shape_text(x.sizes()));
-  const int64_t width = x.size(2);
-  check(num_heads > 0 && width > 0 && width % num_heads == 0,
-      "num_heads: expected a divisor of the channels, ", width, ", got ", num_heads);
-  const int64_t head_dim = width / num_heads;
-  check(head_dim % 8 == 0 && head_dim <= 128,
-      "num_heads: expected a head dimension that is a multiple of 8 up to 128, got ", head_dim);
-  check_shape("norm_weight", norm_weight, {width});
-  check_shape("norm_bias", norm_bias, {width});
-  check_shape("qkv_weight", qkv_weight, {3 * width, width});
-  check_shape("qkv_bias", qkv_bias, {3 * width});
-  return {x.size(0), x.size(1), width, num_heads, head_dim};
-}
-
 void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
   check(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
       ": expected x's device");
@@ -47,17 +31,13 @@ class Inputs {
   Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
       const Tensor& qkv_weight, const Tensor& qkv_bias, double eps, double dropout_p,
       const OptionalTensor& seed)
-      : x_(torch::stable::contiguous(x)),
+      : x_(as_contiguous(x)),
         norm_weight_("norm_weight", norm_weight, x),
         norm_bias_("norm_bias", norm_bias, x),
         qkv_weight_(with_dtype_of(x, qkv_weight)),
         qkv_bias_("qkv_bias", qkv_bias, x),
         eps_(static_cast<float>(eps)) {
-    check(0 <= dropout_p && dropout_p < 1, "dropout_p: expected 0 <= p < 1, got ", dropout_p);
     if (dropout_p == 0) return;
-    check(seed.has_value(), "seed: expected a tensor with dropout_p above 0, got None");
-    check(seed->dim() == 0, "seed: expected shape (), got ", shape_text(seed->sizes()));
-    check_dtype("seed", *seed, ScalarType::Long);
     check_device("seed", *seed, x);
     seed_ = seed;
     dropout_ = cuda::dropout_of(dropout_p, static_cast<const int64_t*>(seed->const_data_ptr()));
@@ -73,7 +53,9 @@ class Inputs {
  private:
   static Tensor with_dtype_of(const Tensor& x, const Tensor& qkv_weight) {
     const Values checked("qkv_weight", qkv_weight, x);
-    return torch::stable::contiguous(torch::stable::to(qkv_weight, x.scalar_type()));
+    const Tensor weight = as_contiguous(qkv_weight);
+    if (weight.scalar_type() == x.scalar_type()) return weight;
+    return torch::stable::to(weight, x.scalar_type());
   }
 
   Tensor x_;
@@ -107,12 +89,13 @@ Tensor float32_product(const Tensor& a, const Tensor& b) {
 std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
     const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
     const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
-  const auto shape = check_attention(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias);
+  const auto shape = check_attention<cuda::AttentionShape>(
+      x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed);
   const cuda::Storage storage = storage_of(x);
-  const auto [batch, tokens, width, heads, head_dim] = shape;
+  const int64_t batch = shape.batch, tokens = shape.tokens, width = shape.width;
   const Launch on(x);
   Tensor out = empty_like_device(x, {batch, tokens, width}, x.scalar_type());
-  Tensor lse = empty_like_device(x, {batch, heads, tokens}, ScalarType::Float);
+  Tensor lse = empty_like_device(x, {batch, num_heads, tokens}, ScalarType::Float);
   if (batch * tokens == 0) return {out, lse};
 
   const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
@@ -132,13 +115,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
     const Tensor& x, const Tensor& lse, int64_t num_heads, const Tensor& norm_weight,
     const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double eps,
     double dropout_p, const OptionalTensor& seed) {
-  const auto shape = check_attention(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias);
+  const auto shape = check_attention<cuda::AttentionShape>(
+      x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed);
   const cuda::Storage storage = storage_of(x);
-  const auto [batch, tokens, width, heads, head_dim] = shape;
+  const int64_t batch = shape.batch, tokens = shape.tokens, width = shape.width;
   check_shape("grad", grad, {batch, tokens, width});
   check_dtype("grad", grad, x.scalar_type());
   check_device("grad", grad, x);
-  check_shape("lse", lse, {batch, heads, tokens});
+  check_shape("lse", lse, {batch, num_heads, tokens});
   check_dtype("lse", lse, ScalarType::Float);
   check_device("lse", lse, x);
   const Launch on(x);
@@ -161,11 +145,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   }
 
   const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
-  const Tensor grad_source = torch::stable::contiguous(grad);
-  const Tensor lse_source = torch::stable::contiguous(lse);
+  const Tensor grad_source = as_contiguous(grad);
+  const Tensor lse_source = as_contiguous(lse);
   const Tensor qkv = values({rows, 3 * width}), grad_qkv = values({rows, 3 * width});
   const Tensor normalized = values({rows, width});
-  const Tensor statistics = floats({rows, 2}), row_sums = floats({2, batch, heads, tokens});
+  const Tensor statistics = floats({rows, 2}), row_sums = floats({2, batch, num_heads, tokens});
   const auto float_data = [](const Tensor& tensor) {
     return static_cast<float*>(tensor.mutable_data_ptr());
   };
