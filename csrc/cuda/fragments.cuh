@@ -68,8 +68,8 @@ DSNET_DEVICE void multiply_transposed(
   const int lane = lane_id();
   if constexpr (sizeof(T) == 2) {
     const T* from = right + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
-    constexpr int steps_at_once = depth > 64 ? 1 : depth / 16;  // limit: registers
-#pragma unroll steps_at_once
+    // Limit on steps at once: registers.
+#pragma unroll(depth > 64 ? 1 : depth / 16)
     for (int k = 0; k < depth / 16; ++k) {
       uint32_t a[4];
       left.fragment(k, a);
