@@ -34,11 +34,11 @@ def emulator():
     return emulator_build.load("global_attention")
 
 
-def make_inputs(shape, dtype, seed=0, gain=1.0, float32_parameters=True):
+def make_inputs(shape, dtype, gain=1.0):
     """Arguments (x, norm_weight, norm_bias, qkv_weight, qkv_bias) and the output's gradient."""
     batch, tokens, heads, head_dim = shape
     width = heads * head_dim
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def random(*size):
         return torch.randn(size, generator=generator)
@@ -49,11 +49,8 @@ def make_inputs(shape, dtype, seed=0, gain=1.0, float32_parameters=True):
         gain * random(3 * width, width) / width**0.5,
         0.1 * random(3 * width),
     )
-    if not float32_parameters:
-        parameters = tuple(value.to(dtype) for value in parameters)
-    return (random(batch, tokens, width).to(dtype), *parameters), random(batch, tokens, width).to(
-        dtype
-    )
+    x, grad = (random(batch, tokens, width).to(dtype) for _ in range(2))
+    return (x, *parameters), grad
 
 
 def evaluate(inputs, grad, heads, dropout_p=0.0, seed=None, convert=torch.Tensor.clone):
@@ -65,10 +62,10 @@ def evaluate(inputs, grad, heads, dropout_p=0.0, seed=None, convert=torch.Tensor
     return {"out": out.detach()} | named
 
 
-def run(inputs, grad, heads, dropout_p=0.0, seed=None, **options):
+def run(inputs, grad, heads, dropout_p=0.0, dropout_seed=None, **options):
     """The kernels' output and gradients by name, and lse; the gradients in their inputs' dtypes."""
     x, *parameters = inputs
-    tail = (*parameters, EPS, dropout_p, seed)
+    tail = (*parameters, EPS, dropout_p, dropout_seed)
     out, lse = forward(x, heads, *tail, **options)
     grads = backward(grad, x, lse, heads, *tail, **options)
     grads = [value.to(given.dtype) for value, given in zip(grads, inputs, strict=True)]
@@ -76,10 +73,11 @@ def run(inputs, grad, heads, dropout_p=0.0, seed=None, **options):
     return {"out": out} | named, lse
 
 
-def assert_correct(inputs, grad, heads, dropout_p=0.0, seed=None, **options):
-    found, _ = run(inputs, grad, heads, dropout_p, seed, **options)
-    same = evaluate(inputs, grad, heads, dropout_p, seed)
-    exact = evaluate(inputs, grad, heads, dropout_p, seed, torch.Tensor.double)
+def assert_correct(inputs, grad, heads, dropout_p=0.0, dropout_seed=None, **options):
+    dropout = (dropout_p, dropout_seed)
+    found, _ = run(inputs, grad, heads, *dropout, **options)
+    same = evaluate(inputs, grad, heads, *dropout)
+    exact = evaluate(inputs, grad, heads, *dropout, torch.Tensor.double)
     if inputs[0].shape[1] == 1:
         # The softmax over one key is 1 whatever Q and K are: all of their gradients are rounding.
         width = inputs[0].shape[2]
@@ -105,13 +103,6 @@ def test_many_tokens(dtype):
 def test_tokens_of_a_large_image():
     inputs, grad = make_inputs((1, 1025, 1, 8), torch.bfloat16)
     assert_correct(inputs, grad, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("shape", [(2, 49, 2, 32), (1, 70, 1, 48)], ids=str)
-def test_parameters_in_the_dtype_of_x(shape, dtype):
-    inputs, grad = make_inputs(shape, dtype, float32_parameters=False)
-    assert_correct(inputs, grad, shape[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,46 +156,28 @@ def test_strongly_negative_logits(tokens, dtype):
     assert_correct(inputs, grad, 1)
 
 
-def masked_weights(tokens, heads, dropout_p, seed, dtype):
-    """Every image's and head's attention weights out of the forward kernel, scaled by 1 / (1 − p).
-
-    With K zero all weights are 1 / tokens; V is one-hot in `head_dim` keys at a time, so that the
-    output without the residual is these keys' weights.
-    """
-    head_dim = 32
-    width = heads * head_dim
-    found = []
-    for first in range(0, tokens, head_dim):
-        # LayerNorm of token t has its largest value in channel t − first, if there is one.
-        x = torch.zeros(2, tokens, width)
-        count = min(head_dim, tokens - first)
-        for key in range(count):
-            x[:, first + key, key] = 1
-        norm_weight, norm_bias = torch.ones(width), torch.zeros(width)
-        qkv_weight = torch.zeros(3 * width, width)
-        for head in range(heads):
-            rows = 2 * width + head * head_dim + torch.arange(head_dim)
-            qkv_weight[rows, torch.arange(head_dim)] = 1
-        parameters = (norm_weight, norm_bias, qkv_weight, torch.zeros(3 * width))
-        x = x.to(dtype)
-        out, _ = forward(x, heads, *parameters, EPS, dropout_p, seed)
-        normalized = torch.nn.functional.layer_norm(x.double(), (width,), eps=EPS)
-        values = normalized[:, :, :head_dim]
-        branch = (out.double() - x.double()).view(2, tokens, heads, head_dim).transpose(1, 2)
-        found.append((branch, values))
-    return found
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [9, 49, 70])
+@pytest.mark.parametrize("tokens", [9, 32, 70])
 def test_dropout_mask_is_that_of_the_reference(tokens, dtype):
-    heads, dropout_p, seed = 2, 0.4, torch.tensor(2**62 + 12345)
+    """With K zero every weight is 1 / tokens before dropout; V shows a few keys at a time."""
+    heads, head_dim, dropout_p, seed = 2, 32, 0.4, torch.tensor(2**62 + 12345)
+    width = heads * head_dim
     keep = keep_mask((2, heads, tokens, tokens), dropout_p, seed).double()
     weights = keep / (1 - dropout_p) / tokens
-    for branch, values in masked_weights(tokens, heads, dropout_p, seed, dtype):
-        expected = weights @ values[:, None]
-        # One key more or fewer changes a value by about 5 / tokens.
-        assert (branch - expected).abs().max() < 1 / tokens
+    qkv_weight = torch.zeros(3 * width, width)
+    qkv_weight[2 * width :] = torch.eye(head_dim).repeat(heads, heads)
+    qkv_weight[2 * width :, head_dim:] = 0
+    parameters = (torch.ones(width), torch.zeros(width), qkv_weight, torch.zeros(3 * width))
+    for first in range(0, tokens, head_dim):
+        keys = range(first, min(first + head_dim, tokens))
+        x = torch.zeros(2, tokens, width, dtype=dtype)
+        for key in keys:
+            x[:, key, key - first] = 1
+        out, _ = forward(x, heads, *parameters, EPS, dropout_p, seed)
+        branch = (out - x).double().view(2, tokens, heads, head_dim).transpose(1, 2)
+        values = torch.nn.functional.layer_norm(x.double(), (width,), eps=EPS)[..., :head_dim]
+        # A key more or fewer changes a value by more than 7 / tokens.
+        assert (branch - weights @ values[:, None]).abs().max() < 1 / tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,15 +185,6 @@ def test_dropout_mask_is_that_of_the_reference(tokens, dtype):
 def test_dropout_forward_and_backward(shape, dtype):
     inputs, grad = make_inputs(shape, dtype)
     assert_correct(inputs, grad, shape[2], 0.3, torch.tensor(987654321987))
-
-
-def test_the_seed_decides_the_mask():
-    inputs, _ = make_inputs((1, 49, 1, 32), torch.bfloat16)
-    first, again, other = (
-        forward(inputs[0], 1, *inputs[1:], EPS, 0.5, torch.tensor(seed))[0] for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,23 +198,6 @@ def test_results_do_not_depend_on_the_order_of_threads(shape, dtype):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [9, 49, 65])
-def test_nan_in_one_image_leaves_the_others_bit_equal(tokens, dtype):
-    inputs, grad = make_inputs((3, tokens, 1, 32), dtype)
-    bad_x, bad_grad = inputs[0].clone(), grad.clone()
-    bad_x[1, tokens // 2] = float("nan")
-    bad_grad[1] = float("nan")
-    found, lse = run(inputs, grad, 1)
-    bad, bad_lse = run((bad_x, *inputs[1:]), bad_grad, 1)
-    assert torch.isnan(bad["out"][1]).all()
-    assert torch.isnan(bad["grad x"][1]).all()
-    for image in (0, 2):
-        assert torch.equal(bad_lse[image], lse[image])
-        for name in ("out", "grad x"):
-            assert torch.equal(bad[name][image], found[name][image])
-
-
 def offset(tensor, count):
     """The same values `count` elements behind an aligned address, between others that are NaN."""
     flat = torch.full((tensor.numel() + count + 8,), float("nan"), dtype=tensor.dtype)
@@ -259,11 +206,10 @@ def offset(tensor, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 4, 8])
-@pytest.mark.parametrize("tokens", [9, 65])
-def test_arguments_at_any_address(tokens, count, dtype):
+@pytest.mark.parametrize("count", [1, 8])
+def test_arguments_at_any_address(count, dtype):
     """With and without accesses of 16 bytes; what lies around the arguments is not read."""
-    inputs, grad = make_inputs((2, tokens, 1, 40), dtype)
+    inputs, grad = make_inputs((1, 65, 1, 40), dtype)
     expected, _ = run(inputs, grad, 1)
     inputs = tuple(offset(value, count) for value in inputs)
     found, _ = run(inputs, offset(grad, count), 1)
