@@ -120,8 +120,10 @@ def backward(
 
     grad_qkv = call.result("grad_qkv", x.dtype, (rows, 3 * width)).float()
     normalized = call.result("normalized", x.dtype, (rows, width)).float()
-    grad_qkv_weight = grad_qkv.t() @ normalized
-    grad_normalized = grad_qkv @ qkv_weight.detach().to(x.dtype).float()
+    weight = qkv_weight.detach().to(x.dtype).float()
+    # As in the bindings: autocast leaves what has an `out` alone.
+    grad_qkv_weight = torch.mm(grad_qkv.t(), normalized, out=torch.empty_like(weight))
+    grad_normalized = torch.mm(grad_qkv, weight, out=torch.empty_like(normalized))
     args.grad_normalized = call.place("grad_normalized", grad_normalized.to(x.dtype))
     emulator.backward_norm(args, call.storage, launch)
     norm_weight, norm_bias, bias = (call.result(name, single, shapes[name]) for name in shapes)

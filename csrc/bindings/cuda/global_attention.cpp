@@ -67,21 +67,24 @@ class Inputs {
   cuda::Dropout dropout_;
 };
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+// out = a·b in out's dtype: a and b's, or float32. Variants with `out` are no concern of autocast,
+// which would change the dtype; they take no tensors that require a gradient.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 1> detached{from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// The same in float32, whatever the dtype of a and b.
-Tensor float32_product(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == ScalarType::Float) return product(a, b);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-      torch::stable::detail::from(ScalarType::Float)};
+      torch_call_dispatcher("aten::detach", "", detached.data(), TORCH_ABI_VERSION));
+  if (out.scalar_type() == a.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), detached[0], from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+    return;
+  }
+  std::array<StableIValue, 4> stack{from(a), detached[0], from(out.scalar_type()), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -136,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   Tensor grad_x = values({batch, tokens, width});
   Tensor grad_norm_weight = floats({width}), grad_norm_bias = floats({width});
   Tensor grad_qkv_bias = floats({3 * width});
+  Tensor grad_qkv_weight = floats({3 * width, width});
   if (rows == 0) {
-    Tensor grad_qkv_weight = floats({3 * width, width});
     for (Tensor* sum : {&grad_norm_weight, &grad_norm_bias, &grad_qkv_weight, &grad_qkv_bias}) {
       torch::stable::zero_(*sum);
     }
@@ -172,10 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   args.partials = float_data(partials);
   cuda::attention_backward_scores(args, storage, launch, on.stream());
 
-  const Tensor grad_normalized = product(grad_qkv, inputs.qkv_weight());
+  const Tensor grad_normalized = values({rows, width});
+  multiply(grad_qkv, inputs.qkv_weight(), grad_normalized);
   args.grad_normalized = grad_normalized.const_data_ptr();
   cuda::attention_backward_norm(args, storage, launch, on.stream());
-  Tensor grad_qkv_weight = float32_product(torch::stable::transpose(grad_qkv, 0, 1), normalized);
+  multiply(torch::stable::transpose(grad_qkv, 0, 1), normalized, grad_qkv_weight);
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
 }
 
