@@ -284,19 +284,21 @@ void weights(const AttentionBackward& args, void* memory, int64_t begin, int64_t
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task * Layout::weight_block;
     const int64_t rows = smaller(Layout::weight_block, 3 * C - row);
-    Acc bias[Layout::weight_block] = {};
+    double bias[Layout::weight_block] = {};
     for (int64_t first = 0; first < all; first += Layout::weight_depth) {
       const int64_t depth = smaller(Layout::weight_depth, all - first);
-      Acc bias_part[Layout::weight_block] = {};
       const Acc* grad_qkv = static_cast<const Acc*>(args.grad_qkv) + first * 3 * C + row;
-      for (int64_t t = 0; t < depth; ++t) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const Acc value = grad_qkv[t * 3 * C + i];
-          columns[t * Layout::weight_block + i] = value;
-          bias_part[i] += value;
+      for (int64_t t0 = 0; t0 < depth; t0 += 32) {
+        Acc part_of_bias[Layout::weight_block] = {};
+        for (int64_t t = t0; t < smaller(t0 + 32, depth); ++t) {
+          for (int64_t i = 0; i < rows; ++i) {
+            const Acc value = grad_qkv[t * 3 * C + i];
+            columns[t * Layout::weight_block + i] = value;
+            part_of_bias[i] += value;
+          }
         }
+        for (int64_t i = 0; i < rows; ++i) bias[i] += static_cast<double>(part_of_bias[i]);
       }
-      for (int64_t i = 0; i < rows; ++i) bias[i] += bias_part[i];
       const Acc* y = static_cast<const Acc*>(args.y) + first * width;
       multiply<true, V>(rows, width, depth, {columns, Layout::weight_block}, {y, width},
           {nullptr, 0}, {first > 0 ? part : sums, width});
@@ -307,7 +309,7 @@ void weights(const AttentionBackward& args, void* memory, int64_t begin, int64_t
     }
     copy_columns(rows, C, sums, width, static_cast<Acc*>(args.grad_qkv_weight) + row * C, C);
     for (int64_t i = 0; i < rows; ++i) {
-      static_cast<Acc*>(args.grad_qkv_bias)[row + i] = bias[i];
+      static_cast<Acc*>(args.grad_qkv_bias)[row + i] = static_cast<Acc>(bias[i]);
     }
   }
 }
