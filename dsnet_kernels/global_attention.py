@@ -19,6 +19,7 @@ from .reference import global_attention as reference
 from .reference.dropout import new_seed
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 
 
@@ -39,6 +40,14 @@ def _cpu_can_run(x: Tensor, **options) -> str | None:
     return _head_dim_refusal(x, **options)
 
 
+def _cuda_can_run(x: Tensor, **options) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, not on an NVIDIA GPU"
+    if x.dtype not in CUDA_DTYPES:
+        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+    return native.gpu_refusal(x.get_device()) or _head_dim_refusal(x, **options)
+
+
 def _sdpa_can_run(x: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -49,8 +58,8 @@ OPERATION = register(
     Operation(
         "global_attention",
         tensors=("x",),
-        present={"cpu": native.cpu_refusal, "sdpa": lambda: None},
-        can_run={"cpu": _cpu_can_run, "sdpa": _sdpa_can_run},
+        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal, "sdpa": lambda: None},
+        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
     )
 )
 

@@ -51,7 +51,8 @@ def _command(name: str) -> list[str]:
 
 def _digest(command: list[str]) -> str:
     digest = hashlib.sha256("\0".join([*command, sys.version]).encode())
-    folders = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulator", ROOT / "tests" / "emulator"]
+    folders = [ROOT / "csrc" / name for name in ("common", "cuda", "emulator")]
+    folders.append(ROOT / "tests" / "emulator")
     for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -73,7 +73,8 @@ def compile_kernels(nvcc: Path) -> str:
     """The report of ``ptxas -v``, from the cache where sources, flags and compiler are the same."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     digest = hashlib.sha256(json.dumps([nvcc_version(nvcc), FLAGS, targets]).encode())
-    for path in sorted(p for p in SOURCE.parent.iterdir() if p.is_file()):
+    folders = (SOURCE.parent, ROOT / "csrc" / "common")
+    for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     cached = CACHE / f"{digest.hexdigest()[:16]}.txt"
     if cached.exists():

@@ -1,14 +1,17 @@
 """Every kernel once on small inputs: ``python -m benchmarks.gpu.small_inputs cuda``.
 
 Forward and backward of each operation on each of its kernel backends, in float32 and bfloat16, on
-small stages of the network and on one of odd sizes with channels that fill no vector.
+small stages of the network and on one of odd sizes with channels that fill no vector; attention
+also on both sides of the number of tokens, and of head dimensions, where its kernels change.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 import dsnet_kernels
 from dsnet.bench.cases import CASES, Stage, stages
@@ -23,6 +26,25 @@ def small_stages() -> list[Stage]:
     regular = stages("dsnet_tiny", batch=2, size=SIZE)
     odd = dataclasses.replace(regular[0], channels=34, local_channels=17, grid=(5, 9))
     return [*regular, odd]
+
+
+# Batch, tokens, heads, head dimension, dropout.
+ATTENTION = ((2, 9, 2, 8, 0.0), (2, 49, 2, 32, 0.1), (1, 70, 2, 40, 0.1), (1, 65, 1, 128, 0.0))
+
+
+def attention(
+    backend: str, shape: Sequence[float], dtype: torch.dtype, device: str
+) -> list[Tensor]:
+    """Output and gradients of one call."""
+    batch, tokens, heads, head_dim, dropout_p = shape
+    width, generator = heads * head_dim, torch.Generator().manual_seed(0)
+    sizes = ((batch, tokens, width), (width,), (width,), (3 * width, width), (3 * width,))
+    values = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    x, *parameters = (value.requires_grad_() for value in values)
+    out = dsnet_kernels.global_attention(
+        x, heads, *parameters, dropout_p=dropout_p, backend=backend
+    )
+    return [out, *torch.autograd.grad(out, [x, *parameters], torch.ones_like(out))]
 
 
 def main() -> int:
@@ -41,6 +63,14 @@ def main() -> int:
                     if not all(torch.isfinite(value).all() for value in values.values()):
                         raise RuntimeError(f"{case.operation} {backend} {stage}: not finite")
                     count += 1
+    available = dsnet_kernels.available_backends("global_attention")
+    for backend in (name for name in BACKENDS[device] if name in available):
+        for shape in ATTENTION:
+            for dtype in DTYPES:
+                values = attention(backend, shape, dtype, device)
+                if not all(torch.isfinite(value).all() for value in values):
+                    raise RuntimeError(f"global_attention {backend} {shape}: not finite")
+                count += 1
     print(f"{count} calls forward and backward on {device}")
     return 0 if count else 1
 

@@ -16,6 +16,11 @@ namespace dsnet {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
+// As it is, or copied: asked first, since a call of torch costs microseconds.
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 // Channels next to each other, as they are or copied to channels_last.
 inline Tensor with_adjacent_channels(const Tensor& x) {
   if (x.stride(1) == 1 || x.size(1) == 1) return x;

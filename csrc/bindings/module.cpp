@@ -10,27 +10,26 @@
 #include "build_record.h"
 #include "cpu/capability.h"
 #include "cuda/depthwise_conv3x3.h"
+#include "cuda/global_attention.h"
 
 namespace py = pybind11;
 namespace cpu = dsnet::cpu;
 
 namespace {
 
+dsnet::cuda::Storage storage_of(const std::string& dtype) {
+  if (dtype == "float32") return dsnet::cuda::Storage::float32;
+  if (dtype == "bfloat16") return dsnet::cuda::Storage::bfloat16;
+  if (dtype == "float16") return dsnet::cuda::Storage::float16;
+  throw py::value_error("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
+}
+
 std::string depthwise_launch(
     const std::array<int64_t, 4>& extents, const std::string& dtype, bool backward) {
   using namespace dsnet::cuda;
   const auto [batch, channels, height, width] = extents;
   const DepthwiseShape shape{batch, channels, height, width};
-  Storage storage;
-  if (dtype == "float32") {
-    storage = Storage::float32;
-  } else if (dtype == "bfloat16") {
-    storage = Storage::bfloat16;
-  } else if (dtype == "float16") {
-    storage = Storage::float16;
-  } else {
-    throw py::value_error("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
-  }
+  const Storage storage = storage_of(dtype);
   const Pixels pixels{nullptr, height * width * channels, width * channels, channels};
   if (backward) {
     DepthwiseBackward args{};
@@ -42,6 +41,17 @@ std::string depthwise_launch(
   args.shape = shape;
   args.x = pixels;
   return text(dsnet::cuda::depthwise_launch(args, storage));
+}
+
+std::string attention_launch(const std::array<int64_t, 3>& extents, int64_t num_heads) {
+  const auto [batch, tokens, width] = extents;
+  if (num_heads <= 0 || width % num_heads != 0) {
+    throw py::value_error("num_heads: expected a divisor of " + std::to_string(width) + ", got " +
+                          std::to_string(num_heads));
+  }
+  dsnet::cuda::AttentionForward args{};
+  args.shape = {batch, tokens, num_heads, width / num_heads};
+  return text(dsnet::cuda::attention_launch(args));
 }
 
 }  // namespace
@@ -68,6 +78,8 @@ PYBIND11_MODULE(_C, m) {
       "The GPU launch chosen for a contiguous channels_last (B, C, H, W) of 'float32', 'bfloat16' "
       "or "
       "'float16', as text.");
+  m.def("global_attention_launch", &attention_launch, py::arg("shape"), py::arg("num_heads"),
+      "The GPU launch chosen for contiguous tokens (B, M, C), forward and backward, as text.");
   m.def(
       "build_configuration", [] { return py::module_::import("json").attr("loads")(build_record); },
       "What this module was built with: the record that is also in build.json.");

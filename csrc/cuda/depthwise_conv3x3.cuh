@@ -8,18 +8,11 @@
 #include "cuda/depthwise_conv3x3.h"
 #include "cuda/launch.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/sum_slots.cuh"
 
 namespace dsnet::cuda {
 
 namespace detail {
-
-template <typename T>
-DSNET_DEVICE float parameter_at(const Parameter& parameter, int64_t i, float absent) {
-  if (parameter.data == nullptr) return absent;
-  if (parameter.is_float32)
-    return load_global<float>(static_cast<const float*>(parameter.data) + i);
-  return widen(load_global<T>(static_cast<const T*>(parameter.data) + i));
-}
 
 // What a thread works on.
 struct Place {
@@ -102,9 +95,9 @@ DSNET_DEVICE void fill_forward_table(
   for (int i = thread; i < channels; i += threads) {
     const int64_t c = first_channel + i;
     if (c >= args.shape.channels) break;
-    const float scale = detail::parameter_at<T>(args.scale, c, 1);
-    float shift = detail::parameter_at<T>(args.shift, c, 0);
-    const float bias = detail::parameter_at<T>(args.bias, c, 0);
+    const float scale = parameter_at<T>(args.scale, c, 1);
+    float shift = parameter_at<T>(args.shift, c, 0);
+    const float bias = parameter_at<T>(args.bias, c, 0);
     if constexpr (is_centred<T>) {
       const float quotient = -shift / scale;
       const float centre = fabsf(quotient) <= 3.4028234e38f ? quotient : 0.0f;
@@ -119,7 +112,7 @@ DSNET_DEVICE void fill_forward_table(
       for (int v = 0; v < 3; ++v) {
         const bool outside =
             (u != 1 && args.shape.height == 1) || (v != 1 && args.shape.width == 1);
-        taps[v] = outside ? 0.0f : detail::parameter_at<T>(args.weight, 9 * c + 3 * u + v, 0);
+        taps[v] = outside ? 0.0f : parameter_at<T>(args.weight, 9 * c + 3 * u + v, 0);
         const bool has_identity = args.residual && !is_centred<T> && u == 1 && v == 1;
         const float identity = has_identity ? 1.0f : 0.0f;
         store_shared(table + (3 * u + v) * channels + i, fmaf(taps[v], scale, identity));
@@ -231,11 +224,10 @@ DSNET_DEVICE void fill_backward_table(
     if (c >= args.shape.channels) break;
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
-      store_shared(
-          table + k * channels + i, detail::parameter_at<T>(args.weight, 9 * c + 8 - k, 0));
+      store_shared(table + k * channels + i, parameter_at<T>(args.weight, 9 * c + 8 - k, 0));
     }
-    store_shared(table + 9 * channels + i, detail::parameter_at<T>(args.scale, c, 1));
-    store_shared(table + 10 * channels + i, detail::parameter_at<T>(args.shift, c, 0));
+    store_shared(table + 9 * channels + i, parameter_at<T>(args.scale, c, 1));
+    store_shared(table + 10 * channels + i, parameter_at<T>(args.shift, c, 0));
   }
 }
 
@@ -386,32 +378,6 @@ __global__ void __launch_bounds__(DepthwiseLaunch::threads, backward_blocks(P, s
   }
 }
 
-// sums[i] = Σ partials[slot][i], in an order that depends on the number of slots alone.
-struct SlotSum {
-  static constexpr int values = 32;    // of a block, neighbours
-  static constexpr int segments = 32;  // of the slots, interleaved
-};
-
-static __global__ void __launch_bounds__(SlotSum::values* SlotSum::segments)
-    depthwise_conv3x3_sum_slots(const float* partials, int64_t slots, int64_t count, float* sums) {
-  __shared__ SharedArray<float, SlotSum::values * SlotSum::segments> exchange;
-  const int64_t i = int64_t{blockIdx.x} * SlotSum::values + threadIdx.x;
-  float sum = 0;
-  if (i < count) {
-#pragma unroll 8
-    for (int64_t slot = threadIdx.y; slot < slots; slot += SlotSum::segments) {
-      sum += load_global<float>(partials + slot * count + i);
-    }
-  }
-  store_shared(exchange + threadIdx.y * SlotSum::values + threadIdx.x, sum);
-  __syncthreads();
-  if (threadIdx.y > 0 || i >= count) return;
-  for (int segment = 1; segment < SlotSum::segments; ++segment) {
-    sum += load_shared<float>(exchange + segment * SlotSum::values + threadIdx.x);
-  }
-  store_global(sums + i, sum);
-}
-
 inline Grid depthwise_grid(const DepthwiseLaunch& l) {
   return {dim3{static_cast<unsigned>(l.blocks())},
       dim3{static_cast<unsigned>(l.threads_x), static_cast<unsigned>(l.threads_y)}};
@@ -440,11 +406,7 @@ void depthwise_backward(
     });
   }
   const int64_t count = DepthwiseBackward::gradient_rows * args.shape.channels;
-  const auto blocks = static_cast<unsigned>(detail::divide_up(count, SlotSum::values));
-  launch("depthwise_conv3x3_sum_slots", depthwise_conv3x3_sum_slots,
-      {dim3{blocks}, dim3{SlotSum::values, SlotSum::segments}}, stream,
-      static_cast<const float*>(args.partials), is_empty ? int64_t{0} : l.slots(), count,
-      args.rows);
+  sum_slots(args.partials, is_empty ? 0 : l.slots(), count, args.rows, stream);
 }
 
 }  // namespace dsnet::cuda

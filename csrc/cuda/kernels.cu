@@ -1,2 +1,5 @@
-// Everything that nvcc compiles: each header defines the kernels and launchers of one operation.
+// Everything that nvcc compiles: headers that define kernels and launchers.
 #include "cuda/depthwise_conv3x3.cuh"
+#include "cuda/global_attention.cuh"
+#include "cuda/global_attention_backward.cuh"
+#include "cuda/sum_slots.cuh"

@@ -89,4 +89,13 @@ DSNET_DEVICE Stored<T, N> narrow(const float (&values)[N]) {
   return stored;
 }
 
+// Value i of a parameter, or `absent` where there is none.
+template <typename T>
+DSNET_DEVICE float parameter_at(const Parameter& parameter, int64_t i, float absent) {
+  if (parameter.data == nullptr) return absent;
+  if (parameter.is_float32)
+    return load_global<float>(static_cast<const float*>(parameter.data) + i);
+  return widen(load_global<T>(static_cast<const T*>(parameter.data) + i));
+}
+
 }  // namespace dsnet::cuda

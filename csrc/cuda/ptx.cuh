@@ -264,6 +264,20 @@ DSNET_DEVICE T warp_max(T value, unsigned width = 32) {
   return value;
 }
 
+// Arithmetic.
+
+// 2^value to two units in the last place; subnormal results are zero.
+DSNET_DEVICE float exp2_approx(float value) {
+#ifdef DSNET_EMULATE
+  const float power = std::exp2(value);
+  return power < 0x1p-126f ? 0.0f : power;
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+#endif
+}
+
 // Matrices.
 
 // Loads `matrices` (1, 2 or 4) 8×8 matrices of 16-bit values; lane 8·m + r points at row r of

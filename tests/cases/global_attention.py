@@ -106,6 +106,7 @@ CASE = OpCase(
     refused={"sdpa": ("dropout",)},
     faults=FAULTS,
     bad=BAD,
-    # In float32, with logits around 100, torch's kernel has twelve times the reference's error.
-    slack={"sdpa": 24.0},
+    # In float32, with logits around 100, torch's kernel has twelve times the reference's error. The
+    # gradient of the key bias is zero: there few roundings are compared with few.
+    slack={"sdpa": 24.0, "cuda": 3.0},
 )

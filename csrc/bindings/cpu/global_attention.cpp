@@ -24,9 +24,6 @@ void* scratch(int64_t bytes) {
   return lines.data();
 }
 
-// As it is, or copied: asked first, since a call of torch costs microseconds.
-Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // What both directions hold for their kernels.
 class Call {
  public:

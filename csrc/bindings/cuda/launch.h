@@ -51,7 +51,7 @@ class Values {
     const ScalarType dtype = parameter->scalar_type();
     check(dtype == x.scalar_type() || dtype == ScalarType::Float, name,
         ": expected x's dtype or float32, got ", torch::headeronly::toString(dtype));
-    held_ = torch::stable::contiguous(*parameter);
+    held_ = as_contiguous(*parameter);
     view_ = {held_->const_data_ptr(), dtype == ScalarType::Float};
   }
   cuda::Parameter view() const { return view_; }

@@ -1,0 +1,90 @@
+// Python module: the global attention's CUDA launchers in the emulator.
+#include "cuda/global_attention_backward.cuh"
+
+#include "emulator/bind.h"
+
+namespace py = pybind11;
+using namespace dsnet;
+using namespace dsnet::cuda;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulator_global_attention, m) {
+  emulator::bind(m);
+
+  py::enum_<Storage>(m, "Storage")
+      .value("float32", Storage::float32)
+      .value("bfloat16", Storage::bfloat16)
+      .value("float16", Storage::float16);
+
+  py::class_<Parameter>(m, "Parameter").def(py::init([](uintptr_t data, bool is_float32) {
+    return Parameter{at<void>(data), is_float32};
+  }));
+  py::class_<AttentionShape>(m, "Shape")
+      .def(py::init([](int64_t batch, int64_t tokens, int64_t width, int64_t heads) {
+        return AttentionShape{batch, tokens, heads, width / heads};
+      }));
+  py::class_<AttentionInputs>(m, "Inputs")
+      .def(
+          py::init([](uintptr_t x, Parameter norm_weight, Parameter norm_bias, uintptr_t qkv_weight,
+                       Parameter qkv_bias, double eps, double dropout_p, uintptr_t seed) {
+            return AttentionInputs{at<void>(x), norm_weight, norm_bias, at<void>(qkv_weight),
+                qkv_bias, static_cast<float>(eps), dropout_of(dropout_p, at<int64_t>(seed))};
+          }));
+  py::class_<AttentionForward>(m, "Forward")
+      .def(py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t out, uintptr_t lse,
+                        uintptr_t qkv) {
+        return AttentionForward{shape, inputs, at<void>(out), at<float>(lse), at<void>(qkv)};
+      }));
+  py::class_<AttentionBackward>(m, "Backward")
+      .def(py::init(
+          [](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
+              uintptr_t qkv, uintptr_t normalized, uintptr_t statistics, uintptr_t row_sums,
+              uintptr_t grad_qkv, uintptr_t grad_x, uintptr_t partials, uintptr_t grad_norm_weight,
+              uintptr_t grad_norm_bias, uintptr_t grad_qkv_bias) {
+            return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
+                at<void>(normalized), at<float>(statistics), at<float>(row_sums),
+                at<void>(grad_qkv), nullptr, at<void>(grad_x), at<float>(partials),
+                at<float>(grad_norm_weight), at<float>(grad_norm_bias), at<float>(grad_qkv_bias)};
+          }))
+      .def_property("grad_normalized", nullptr, [](AttentionBackward& args, uintptr_t address) {
+        args.grad_normalized = at<void>(address);
+      });
+
+  py::class_<AttentionLaunch>(m, "Launch")
+      .def_readonly_static("block_rows", &AttentionLaunch::block_rows)
+      .def_readonly_static("block_columns", &AttentionLaunch::block_columns)
+      .def_readwrite("fused", &AttentionLaunch::fused)
+      .def_readonly("packed", &AttentionLaunch::packed)
+      .def_readonly("head_tile", &AttentionLaunch::head_tile)
+      .def_readonly("fused_threads", &AttentionLaunch::fused_threads)
+      .def_readonly("row_tiles", &AttentionLaunch::row_tiles)
+      .def_readonly("token_blocks", &AttentionLaunch::token_blocks)
+      .def_readonly("column_blocks", &AttentionLaunch::column_blocks)
+      .def_readwrite("slots", &AttentionLaunch::slots)
+      .def_readwrite("slot_rows", &AttentionLaunch::slot_rows)
+      .def("attention_blocks", &AttentionLaunch::attention_blocks)
+      .def("projection_blocks", &AttentionLaunch::projection_blocks)
+      .def("__str__", [](const AttentionLaunch& l) { return text(l); });
+
+  m.def("launch", [](const AttentionForward& args) { return attention_launch(args); });
+  m.def("forward", [](const AttentionForward& args, Storage storage, const AttentionLaunch& l) {
+    attention_forward(args, storage, l, nullptr);
+  });
+  m.def("launch", [](const AttentionBackward& args) { return attention_launch(args); });
+  m.def("backward_scores",
+      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
+        attention_backward_scores(args, storage, l, nullptr);
+      });
+  m.def("backward_norm",
+      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
+        attention_backward_norm(args, storage, l, nullptr);
+      });
+}
