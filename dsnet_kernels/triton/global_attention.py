@@ -31,6 +31,9 @@ FEW = 64
 SLOTS = 32
 """Partial sums of a parameter's gradient, at most: the last kernel reads them at once."""
 
+WHOLE_ROWS = 512
+"""Channels up to which the gradient through a LayerNorm keeps its rows in registers."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -50,7 +53,7 @@ class Launch:
         return {
             "num_warps": self.warps,
             "num_stages": self.stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": False,
         }
 
     def __call__(self, *args: Any) -> None:
@@ -100,10 +103,7 @@ def _head_constants(p: Problem) -> dict[str, int]:
 
 def few_launch(p: Problem, kernel: Any) -> Launch:
     """Of ``global_attention_few`` and its gradient."""
-    if p.narrow:
-        block_c = 64 if p.width % 64 == 0 else _block(p.width, 32)
-    else:
-        block_c = 16
+    block_c = _block(p.width, 64 if p.width % 64 == 0 else 32) if p.narrow else 16
     wide = p.head_dim > 64 or not p.narrow
     constants = _head_constants(p) | {"BLOCK_T": _block(p.tokens), "BLOCK_C": block_c}
     return Launch(kernel, p.groups, constants, warps=8 if wide else 4, stages=2)
@@ -139,8 +139,8 @@ def many_launches(p: Problem) -> dict[str, Launch]:
 
 
 def grad_x_launch(p: Problem) -> Launch:
-    """A block has whole rows up to 512 channels, limited by the registers of its sums."""
-    block_c = _block(p.width, 512)
+    """Blocks of whole rows up to WHOLE_ROWS channels; 8192 sums are what registers hold."""
+    block_c = _block(p.width, WHOLE_ROWS)
     block_t = max(16, min(64, 8192 // block_c))
     constants = {
         "WIDTH": p.width,
@@ -161,18 +161,21 @@ def grad_weight_launch(p: Problem) -> tuple[Launch, int]:
     tiles = triton.cdiv(3 * p.width, block_n) * triton.cdiv(p.width, block_c)
     slots = min(SLOTS, triton.cdiv(2 * 132, tiles), triton.cdiv(p.rows, block_t))
     constants = {"WIDTH": p.width, "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_T": block_t}
-    return Launch(global_attention_grad_weight, tiles * slots, constants, warps=4, stages=2), slots
+    warps = 4 if p.narrow else 8
+    return Launch(global_attention_grad_weight, tiles * slots, constants, warps, stages=2), slots
 
 
 def sum_slots_launch(p: Problem, slots: int) -> tuple[Launch, int]:
     """With the number of blocks of rows, each of which leaves sums for the LayerNorm."""
-    block_n, block_c = 8, 32
+    # 8192 values of all slots in a program, limited by registers.
+    block_slots = triton.next_power_of_2(slots)
+    block_n, block_c = min(64, 256 // block_slots), 32
     blocks = triton.cdiv(3 * p.width, block_n)
     constants = {
         "WIDTH": p.width,
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
-        "BLOCK_SLOTS": triton.next_power_of_2(slots),
+        "BLOCK_SLOTS": block_slots,
     }
     programs = blocks * triton.cdiv(p.width, block_c)
     return Launch(global_attention_sum_slots, programs, constants, warps=4, stages=1), blocks
@@ -219,7 +222,7 @@ def _check(
 
 def _numbers(p: Problem, dropout_p: float) -> tuple[float, float]:
     """``scale`` and ``keep_scale`` of the kernels."""
-    return math.log2(math.e) / math.sqrt(p.head_dim), 1 / (1 - dropout_p)
+    return 1 / math.sqrt(p.head_dim), 1 / (1 - dropout_p)
 
 
 def _project(p: Problem, x: Tensor, parameters: list[Tensor], eps: float) -> Tensor:
@@ -343,14 +346,14 @@ def _attention_gradients(
         )
     else:
         qkv = _project(p, x, parameters, eps)
-        delta = torch.empty_like(lse)
+        statistics = lse.new_empty((p.batch, p.heads, 2, p.tokens))
         for name in ("grad_q", "grad_kv"):
             many_launches(p)[name](
                 grad,
                 qkv,
                 lse,
                 seed,
-                delta,
+                statistics,
                 grad_qkv,
                 p.tokens,
                 threshold(dropout_p),
@@ -392,5 +395,5 @@ def _projection_gradients(
         partial_norm,
         slots,
     )
-    grad_norm = partial_norm.sum(0)
-    return grad_x, grad_norm[0], grad_norm[1], grad_weight, grad_bias
+    grad_norm = (partial_norm[:, i].sum(0) for i in range(2))
+    return grad_x, *grad_norm, grad_weight, grad_bias

@@ -1,16 +1,17 @@
 """The backward kernels of ``global_attention`` in Triton.
 
 Attention's gradients with respect to Q, K and V go to memory in x's dtype, recomputed from lse:
-P = exp(s − lse), dS = P∘(dP − delta) with delta_i = Σ_j P_ij·dP_ij. From them come the gradient of
-x through the LayerNorm, and those of the parameters as partial sums over a fixed cut of the rows.
+P = exp(s − lse), dS = P∘(dP − delta) with delta_i = Σ_j P_ij·dP_ij. The rounding of lse, which
+grows with the logits, would shift sums over keys that are 1 for P and 0 for dS, so that each row is
+divided by the sum it comes out with. From the three come the gradient of x through the LayerNorm,
+and those of the parameters as partial sums over a fixed cut of the rows.
 """
 
 import triton
 import triton.language as tl
 
 from .global_attention_kernels import (
-    LN_2,
-    LOG2_E,
+    exp_logits,
     keep_mask,
     load_rows,
     moments,
@@ -65,11 +66,13 @@ def global_attention_few_grad(
     )
     p_grad = grad + i_image * tokens * WIDTH + i_head * HEAD_DIM
     b_grad = load_rows(p_grad, 0, tokens, WIDTH, HEAD_DIM, BLOCK_T, BLOCK_D)
-    b_lse = tl.load(lse + i_group * tokens + o_t, mask=m_t, other=0) * LOG2_E
+    b_lse = tl.load(lse + i_group * tokens + o_t, mask=m_t, other=0)
 
     # Masked before exp2: 0 − lse of a row or column that does not exist may overflow.
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]
-    b_p = tl.exp2(tl.where(m_t[:, None] & m_t[None, :], b_s, float("-inf")))
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_s = tl.where(m_t[:, None] & m_t[None, :], b_s, float("-inf"))
+    b_p = exp_logits(b_s, b_lse[:, None], scale, b_v.dtype)
+    b_p *= tl.where(m_t, 1 / tl.sum(b_p, 1), 0.0)[:, None]
     b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
     b_kept = b_p
     if seed is not None:
@@ -79,8 +82,8 @@ def global_attention_few_grad(
     b_dv = tl.dot(tl.trans(b_kept.to(b_v.dtype)), b_grad, input_precision="ieee")
     b_delta = tl.sum(b_p * b_dp, 1)
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
-    b_dq = tl.dot(b_ds, b_k, input_precision="ieee") * (scale * LN_2)
-    b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision="ieee") * (scale * LN_2)
+    b_dq = tl.dot(b_ds, b_k, input_precision="ieee") * scale
+    b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision="ieee") * scale
 
     p_qkv = grad_qkv + i_image * tokens * (3 * WIDTH) + i_head * HEAD_DIM
     store_rows(p_qkv, b_dq, 0, tokens, 3 * WIDTH, HEAD_DIM)
@@ -94,7 +97,7 @@ def global_attention_many_grad_q(
     qkv,  # (B, M, 3·C)
     lse,  # (B, h, M)
     seed,  # () or None
-    delta,  # (B, h, M)
+    statistics,  # (B, h, 2, M): delta and 1/Σ_j P_ij
     grad_qkv,  # (B, M, 3·C), of which dQ is written
     tokens,
     threshold,
@@ -120,8 +123,9 @@ def global_attention_many_grad_q(
     b_grad = load_rows(p_grad, i_query, tokens, WIDTH, HEAD_DIM, BLOCK_Q, BLOCK_D)
     o_t = i_query + tl.arange(0, BLOCK_Q)
     p_lse = lse + i_group * tokens + o_t
-    b_lse = tl.load(p_lse, mask=o_t < tokens, other=float("inf")) * LOG2_E
+    b_lse = tl.load(p_lse, mask=o_t < tokens, other=float("inf"))
 
+    b_sum = tl.zeros([BLOCK_Q], tl.float32)
     b_delta = tl.zeros([BLOCK_Q], tl.float32)
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     whole = tokens // BLOCK_K * BLOCK_K
@@ -135,11 +139,11 @@ def global_attention_many_grad_q(
                 b_v = load_rows(
                     p_k + WIDTH, i_key, tokens, 3 * WIDTH, HEAD_DIM, BLOCK_K, BLOCK_D, MASKED
                 )
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
                 if MASKED:
                     m_k = i_key + tl.arange(0, BLOCK_K) < tokens
                     b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-                b_p = tl.exp2(b_s)
+                b_p = exp_logits(b_s, b_lse[:, None], scale, b_k.dtype)
                 b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
                 if seed is not None:
                     b_keep = keep_mask(
@@ -147,13 +151,20 @@ def global_attention_many_grad_q(
                     )
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 if PASS == 0:
+                    b_sum += tl.sum(b_p, 1)
                     b_delta += tl.sum(b_p * b_dp, 1)
                 else:
                     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
                     b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
+        if PASS == 0:
+            b_inverse = tl.where(o_t < tokens, 1 / b_sum, 0.0)
+            b_delta *= b_inverse
 
-    tl.store(delta + i_group * tokens + o_t, b_delta, mask=o_t < tokens)
-    store_rows(grad_qkv + o_head, b_dq * (scale * LN_2), i_query, tokens, 3 * WIDTH, HEAD_DIM)
+    p_delta = statistics + i_group * 2 * tokens + o_t
+    tl.store(p_delta, b_delta, mask=o_t < tokens)
+    tl.store(p_delta + tokens, b_inverse, mask=o_t < tokens)
+    b_dq *= (b_inverse * scale)[:, None]
+    store_rows(grad_qkv + o_head, b_dq, i_query, tokens, 3 * WIDTH, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -162,7 +173,7 @@ def global_attention_many_grad_kv(
     qkv,  # (B, M, 3·C)
     lse,  # (B, h, M)
     seed,  # () or None
-    delta,  # (B, h, M)
+    statistics,  # (B, h, 2, M): delta and 1/Σ_j P_ij
     grad_qkv,  # (B, M, 3·C), of which dK and dV are written
     tokens,
     threshold,
@@ -198,10 +209,14 @@ def global_attention_many_grad_kv(
         b_grad = load_rows(p_grad, i_query, tokens, WIDTH, HEAD_DIM, BLOCK_Q, BLOCK_D)
         o_t = i_query + tl.arange(0, BLOCK_Q)
         m_t = o_t < tokens
-        b_lse = tl.load(lse + i_group * tokens + o_t, mask=m_t, other=float("inf")) * LOG2_E
-        b_delta = tl.load(delta + i_group * tokens + o_t, mask=m_t, other=0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]
-        b_p = tl.exp2(b_s)
+        b_lse = tl.load(lse + i_group * tokens + o_t, mask=m_t, other=float("inf"))
+        p_delta = statistics + i_group * 2 * tokens + o_t
+        b_delta = tl.load(p_delta, mask=m_t, other=0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = exp_logits(b_s, b_lse[None, :], scale, b_k.dtype)
+        if b_k.dtype.primitive_bitwidth == 32:
+            # In 16 bits P is rounded by more than the sum is off.
+            b_p *= tl.load(p_delta + tokens, mask=m_t, other=0)[None, :]
         b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")
         b_kept = b_p
         if seed is not None:
@@ -214,7 +229,7 @@ def global_attention_many_grad_kv(
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
 
     p_dk = grad_qkv + o_head + WIDTH
-    store_rows(p_dk, b_dk * (scale * LN_2), i_key, tokens, 3 * WIDTH, HEAD_DIM)
+    store_rows(p_dk, b_dk * scale, i_key, tokens, 3 * WIDTH, HEAD_DIM)
     store_rows(p_dk + WIDTH, b_dv, i_key, tokens, 3 * WIDTH, HEAD_DIM)
 
 

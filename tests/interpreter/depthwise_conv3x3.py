@@ -4,12 +4,10 @@ Needs ``TRITON_INTERPRET=1`` before Triton is imported; ``test_depthwise_conv3x3
 this file so.
 """
 
-import numpy as np
 import pytest
 import torch
 from harness import Variant, assert_within_budget, evaluate, mapped, output_gradients
 from test_depthwise_conv3x3 import LAYOUTS, generator, make
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dsnet_kernels import BackendUnavailable, depthwise_conv3x3, explain
 from dsnet_kernels.reference import depthwise_conv3x3 as reference
@@ -34,20 +32,6 @@ SHAPES = (
 in_both_dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16], ids=["float32", "float16"]
 )
-
-
-@pytest.fixture(autouse=True)
-def fused_multiply_add(monkeypatch):
-    """Rounds an fma once, as a GPU does; the interpreter rounds its product as well."""
-
-    def create_fma(self, x, y, z):
-        assert x.data.dtype == np.float32
-        wide = np.float64
-        value = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-        with np.errstate(over="ignore"):
-            return TensorHandle(value.astype(np.float32), z.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
 
 def run(inputs, grads):
