@@ -84,7 +84,8 @@ class Problem:
 
     @property
     def few(self) -> bool:
-        return self.tokens <= FEW
+        """float32 has no room on chip for wider heads: all their operands are in registers."""
+        return self.tokens <= FEW and (self.narrow or self.head_dim <= 32)
 
     @property
     def narrow(self) -> bool:
@@ -104,9 +105,10 @@ def _head_constants(p: Problem) -> dict[str, int]:
 def few_launch(p: Problem, kernel: Any) -> Launch:
     """Of ``global_attention_few`` and its gradient."""
     block_c = _block(p.width, 64 if p.width % 64 == 0 else 32) if p.narrow else 16
-    wide = p.head_dim > 64 or not p.narrow
     constants = _head_constants(p) | {"BLOCK_T": _block(p.tokens), "BLOCK_C": block_c}
-    return Launch(kernel, p.groups, constants, warps=8 if wide else 4, stages=2)
+    warps = 8 if p.head_dim > 64 or not p.narrow else 4
+    stages = 2 if block_c == 64 else 3
+    return Launch(kernel, p.groups, constants, warps, stages)
 
 
 def project_launch(p: Problem) -> Launch:
@@ -117,14 +119,15 @@ def project_launch(p: Problem) -> Launch:
 
 
 def many_launches(p: Problem) -> dict[str, Launch]:
-    """The tiles (queries, keys) of attention and of its two gradients."""
-    wide = p.head_dim > 64
-    if p.narrow:
-        forward, grad_q, grad_kv = (64, 64), (64, 64), (64, 64)
-        warps, stages = (8 if wide else 4), (2 if wide else 3)
+    """The tiles (queries, keys) of attention and of its two gradients, limited by registers."""
+    if p.narrow and p.head_dim <= 32:
+        forward, grad_q, grad_kv, warps, stages = (64, 64), (64, 64), (32, 64), 4, 3
+    elif p.narrow:
+        forward, grad_q, grad_kv, warps, stages = (64, 64), (64, 32), (32, 64), 8, 2
+    elif p.head_dim <= 32:
+        forward, grad_q, grad_kv, warps, stages = (64, 32), (32, 32), (32, 32), 8, 1
     else:
-        forward, grad_q, grad_kv = (64, 32), (32, 32), (32, 32)
-        warps, stages = 8, 1
+        forward, grad_q, grad_kv, warps, stages = (32, 16), (32, 16), (16, 16), 8, 1
 
     def launch(kernel: Any, tile: tuple[int, int], cut: int) -> Launch:
         constants = {"BLOCK_Q": tile[0], "BLOCK_K": tile[1], "STAGES": stages}
@@ -148,10 +151,9 @@ def grad_x_launch(p: Problem) -> Launch:
         "BLOCK_C": block_c,
         "BLOCK_N": 32 if p.narrow else 16,
     }
+    warps = 4 if p.narrow and block_c < 256 else 8
     programs = triton.cdiv(p.rows, block_t)
-    return Launch(
-        global_attention_grad_x, programs, constants, warps=4 if p.narrow else 8, stages=2
-    )
+    return Launch(global_attention_grad_x, programs, constants, warps, stages=2)
 
 
 def grad_weight_launch(p: Problem) -> tuple[Launch, int]:

@@ -67,7 +67,7 @@ def compare(inputs, **kwargs):
 @in_both_dtypes
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_numbers_of_tokens(dtype, tokens):
-    compare(make((2, tokens, 64), 2, dtype))
+    compare(make((2, tokens, 32), 2, dtype))
 
 
 @in_both_dtypes
@@ -111,8 +111,10 @@ def skewed(tokens, level, dtype):
 
 
 @in_both_dtypes
-@pytest.mark.parametrize("tokens", [1, 9, 49, 50, 63, 64, 65, 129])
-@pytest.mark.parametrize("level", [-100, -500])
+@pytest.mark.parametrize(
+    ("tokens", "level"),
+    [*((tokens, -500) for tokens in (1, 9, 49, 50, 63, 64, 65, 129)), (49, -100), (65, -100)],
+)
 def test_padded_keys_beside_strongly_negative_logits(dtype, tokens, level):
     inputs = skewed(tokens, level, dtype)
     (x, heads, *parameters), _ = inputs
@@ -123,7 +125,7 @@ def test_padded_keys_beside_strongly_negative_logits(dtype, tokens, level):
 
 @few_and_many
 def test_nan_behind_the_last_row(tokens):
-    (x, heads, *parameters), _ = make((2, tokens, 64), 2, torch.float32)
+    (x, heads, *parameters), _ = make((1, tokens, 40), 1, torch.float32)
     grad = random(x.shape, x.dtype, generator(1))
 
     def behind(t):
@@ -139,7 +141,7 @@ def test_nan_behind_the_last_row(tokens):
 
 @few_and_many
 def test_nan_stays_in_its_image(tokens):
-    inputs = make((3, tokens, 64), 2, torch.float32)
+    inputs = make((2, tokens, 32), 2, torch.float32)
     (x, *others), _ = inputs
     spoilt = x.clone()
     spoilt[1, tokens // 2, 5] = math.nan
@@ -147,7 +149,7 @@ def test_nan_stays_in_its_image(tokens):
     clean, got = run(inputs, grads), run(((spoilt, *others), {}), grads)
     for name in ("out0", "grad 0"):
         assert got[name][1].isnan().all()
-        assert torch.equal(got[name][[0, 2]], clean[name][[0, 2]])
+        assert torch.equal(got[name][0], clean[name][0])
     assert got["grad 4"].isnan().all()
 
 
@@ -159,7 +161,7 @@ def test_a_mean_far_above_the_deviation():
 @in_both_dtypes
 @few_and_many
 def test_layouts_and_repeats_do_not_change_bits(dtype, tokens):
-    (x, *others), _ = make((2, tokens, 48), 3, dtype)
+    (x, *others), _ = make((1, tokens, 24), 3, dtype)
     grad = random(x.shape, dtype, generator(1))
     plain = run(((x, *others), {}), [grad])
     for change in (
@@ -232,7 +234,7 @@ def test_the_mask_is_the_reference_s(p, seed):
 @few_and_many
 @pytest.mark.parametrize("p", [0.1, 0.6])
 def test_dropout_is_the_reference_s(dtype, tokens, p):
-    compare(make((2, tokens, 64), 2, dtype), dropout_p=p, seed=torch.tensor(2**35 + 7))
+    compare(make((2, tokens, 16), 2, dtype), dropout_p=p, seed=torch.tensor(2**35 + 7))
 
 
 def test_a_seed_without_dropout_changes_nothing():
@@ -245,16 +247,22 @@ def test_a_seed_without_dropout_changes_nothing():
 # Under torch's transformations, and bad arguments
 
 
-@in_both_dtypes
-@few_and_many
-def test_opcheck(dtype, tokens):
-    (x, heads, *parameters), _ = make((2, tokens, 16), 2, dtype)
-    for inputs in (x, x[:0]):
-        for dropout_p, seed in ((0.0, None), (0.5, torch.tensor(1))):
-            rest = (heads, *parameters, 1e-5, dropout_p, seed)
-            torch.library.opcheck(OP, (inputs, *rest))
-            _, lse = OP(inputs, *rest)
-            torch.library.opcheck(OP_BACKWARD, (inputs, inputs, lse, *rest))
+@pytest.mark.parametrize(
+    ("shape", "dropout_p", "dtype"),
+    [
+        ((2, 9, 16), 0.5, torch.float32),
+        ((1, 9, 16), 0.0, torch.float16),
+        ((1, 65, 8), 0.0, torch.float32),
+        ((0, 9, 16), 0.5, torch.float16),
+    ],
+    ids=str,
+)
+def test_opcheck(shape, dropout_p, dtype):
+    (x, heads, *parameters), _ = make(shape, shape[2] // 8, dtype)
+    rest = (heads, *parameters, 1e-5, dropout_p, torch.tensor(1) if dropout_p else None)
+    torch.library.opcheck(OP, (x, *rest))
+    _, lse = OP(x, *rest)
+    torch.library.opcheck(OP_BACKWARD, (x, x, lse, *rest))
 
 
 def test_compiles_without_a_graph_break():
