@@ -31,7 +31,7 @@ def find_toolkit() -> Toolkit | str:
         raise SystemExit(f"DSNET_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return "not built: DSNET_CUDA=0"
-    nvcc = _nvcc()
+    nvcc = find_nvcc()
     if nvcc is None:
         looked = "CUDACXX, CUDA_HOME, PATH and /usr/local/cuda"
         if wanted == "1":
@@ -42,12 +42,14 @@ def find_toolkit() -> Toolkit | str:
     return Toolkit(nvcc, release[1] if release else "unknown", cmake_architectures(_requested()))
 
 
-def _nvcc() -> Path | None:
+def find_nvcc() -> Path | None:
+    """CUDACXX, else CUDA_HOME's nvcc, else that on PATH, else the usual folder's."""
     candidates = [os.environ.get("CUDACXX")]
     if os.environ.get("CUDA_HOME"):
         candidates.append(f"{os.environ['CUDA_HOME']}/bin/nvcc")
-    candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    return next((Path(path) for path in candidates if path and os.access(path, os.X_OK)), None)
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = (shutil.which(name) for name in candidates if name)
+    return next((Path(path) for path in found if path), None)
 
 
 def _requested() -> list[str]:

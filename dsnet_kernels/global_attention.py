@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, operators, triton
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import common
 from .reference import global_attention as reference
@@ -53,8 +53,12 @@ OPERATION = register(
     Operation(
         "global_attention",
         tensors=("x",),
-        present={"triton": lambda: triton.REFUSAL, "sdpa": lambda: None},
-        can_run={"triton": _triton_can_run, "sdpa": _sdpa_can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
+            "sdpa": lambda: None,
+        },
+        can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "sdpa": _sdpa_can_run},
     )
 )
 

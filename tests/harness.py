@@ -1,101 +1,128 @@
-"""The layers of proof, once for every operation.
+"""What the layers of proof need of an operation, and how results are compared.
 
-An operation describes its inputs in an :class:`OpCase`; the tests then compare each backend with
-the reference in float64 under an error budget, and bit for bit where arithmetic is exact.
+An operation describes itself in an :class:`OpCase`; ``test_operations*.py`` then hold each of its
+variants to the reference in float64 under an error budget, and bit for bit where arithmetic is
+exact.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from variants import Variant
 
-import dsnet_kernels
-from dsnet_kernels import native
+Inputs = dict[str, Any]
+"""Arguments of a public function by name, in the order of its signature."""
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Results = dict[str, Tensor]
+"""Outputs ``out0`` …, and gradients ``grad <name>``."""
+
+Sample = tuple[Inputs, list[Tensor]]
+"""Inputs, and gradients of the outputs."""
+
+Shape = tuple[int, ...]
+"""What ``make`` understands by it; the first entry is the batch."""
+
+
+@dataclass(frozen=True)
+class BadArgument:
+    """An argument that every backend refuses alike: with ``error``, matching ``message``."""
+
+    change: Inputs
+    error: type[Exception]
+    message: str
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation and how to make inputs for it.
+    """One operation: its inputs, and what its layers of proof need to know beyond them.
 
-    ``make(shape, dtype, generator, exact)`` returns (args, kwargs) with tensors in the layout that
-    the operation reads in place; with ``exact`` all values are small integers and powers of two.
+    Args:
+        name: of the operation.
+        function, reference: with the same names of arguments.
+        make: ``make(shape, dtype, generator, exact=False, **option)`` returns the inputs, the
+            activations in the layout that kernels read in place; with ``exact`` all values are
+            small integers and powers of two.
+        activations: names of the inputs (B, …) that layouts and lower precision apply to.
+        shapes: small, for every variant; among them an empty batch.
+        native_shapes: larger ones, for compiled kernels only; among them one whose batch times
+            rows or heads is above 65,535.
+        small: two of different batch and extents, one that suits vectors and an odd one.
+        tiny: for finite differences.
+        exact_shapes: where small integers give exact results; none if the operation rounds.
+        options: further arguments of ``make`` by name, at least two; layers that try but a few take
+            the first.
+        refused: options that a backend refuses, by backend.
+        faults: wrong results by name, from the function and inputs of ``small[0]``.
+        bad: arguments to be refused, each a change to the inputs of ``small[0]`` in float32.
+        slack: the budget in errors of the reference in the same dtype, where a backend has another
+            one than 2.
+        sums_follow_layout: backends whose parameter gradients are summed in an order that depends
+            on the strides and alignment of activations.
     """
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...]
     make: Callable[..., Inputs]
-    exact: bool = True
-    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A backend, and for the CPU the instruction set it runs with."""
-
-    backend: str
-    capability: str | None = None
+    activations: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    native_shapes: tuple[Shape, ...]
+    small: tuple[Shape, Shape]
+    tiny: tuple[Shape, ...]
+    exact_shapes: tuple[Shape, ...] = ()
+    options: Mapping[str, Inputs] = field(default_factory=lambda: {"full": {}})
+    refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    faults: Mapping[str, Callable[[Callable[..., Any], Inputs], Any]] = field(default_factory=dict)
+    bad: Mapping[str, BadArgument] = field(default_factory=dict)
+    slack: Mapping[str, float] = field(default_factory=dict)
+    sums_follow_layout: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.backend if self.capability is None else f"{self.backend}-{self.capability}"
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """In the block every operation runs on this variant or raises."""
-        introspection, _ = native.introspection()
-        previous = introspection.cpu_capability() if self.capability else None
-        if self.capability:
-            introspection.set_cpu_capability(self.capability)
-        try:
-            with dsnet_kernels.backend(self.backend):
-                yield
-        finally:
-            if previous:
-                introspection.set_cpu_capability(previous)
+        return self.name
 
 
-def variants(operation: str) -> list[Variant]:
-    """Every backend that is usable here for the operation, but the reference."""
-    found = []
-    for backend in dsnet_kernels.available_backends(operation):
-        if backend == "cpu":
-            introspection, _ = native.introspection()
-            found += [Variant("cpu", name) for name in introspection.cpu_capabilities()]
-        elif backend != "reference" and torch.cuda.is_available():
-            found.append(Variant(backend))
-    return found
+def generator(seed: int) -> torch.Generator:
+    """A generator of its own for everything random in a test."""
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape: Iterable[int], dtype: torch.dtype, generator: torch.Generator, exact=False):
+    """Normal values, or integers −2 … 2; rank 4 in channels_last."""
+    if exact:
+        values = torch.randint(-2, 3, tuple(shape), generator=generator).to(dtype)
+    else:
+        values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
+    return values.to(memory_format=torch.channels_last) if values.dim() == 4 else values
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
-    """The differentiable tensors, by position or keyword."""
-    args, kwargs = inputs
-    named = {str(i): value for i, value in enumerate(args)} | kwargs
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    """The inputs that have a gradient."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
 
 
 def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    """The inputs with ``change`` applied to every tensor."""
-    args, kwargs = inputs
-    return (
-        tuple(change(value) if isinstance(value, Tensor) else value for value in args),
-        {k: change(value) if isinstance(value, Tensor) else value for k, value in kwargs.items()},
-    )
+    """The inputs with ``change`` applied to every tensor that has a gradient."""
+    return inputs | {name: change(value) for name, value in tensors_of(inputs).items()}
+
+
+def outputs_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def evaluate(
     function: Callable[..., Any], inputs: Inputs, grads: list[Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Outputs as ``out0`` …, and with ``grads`` the gradient of every input as ``grad <name>``."""
+) -> Results:
+    """Outputs as ``out0`` …, and with ``grads`` the gradient of every tensor as ``grad <name>``."""
     inputs = mapped(inputs, lambda t: t.detach().requires_grad_(grads is not None))
-    args, kwargs = inputs
-    outputs = function(*args, **kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs_of(function(**inputs))
     results = {f"out{i}": output.detach() for i, output in enumerate(outputs)}
     if grads is not None:
         leaves = tensors_of(inputs)
@@ -104,33 +131,80 @@ def evaluate(
     return results
 
 
-def output_gradients(
-    function: Callable[..., Any], inputs: Inputs, generator: torch.Generator, exact: bool = False
-) -> list[Tensor]:
-    """Random gradients for the outputs, in their dtypes."""
-    args, kwargs = inputs
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on a device, its whole storage with it: strides, offset and surroundings stay."""
+    if tensor.device.type == device or tensor.device.type == "meta" or tensor.is_mkldnn:
+        return tensor
+    if tensor.layout != torch.strided:
+        return tensor.to(device)
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.detach().as_strided((count,), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def inputs_on(device: str, inputs: Inputs) -> Inputs:
+    return {
+        name: placed(value, device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def run(
+    case: OpCase, variant: Variant, inputs: Inputs, grads: list[Tensor] | None = None
+) -> Results:
+    """:func:`evaluate` on a variant, which must be active; results on the CPU."""
+    if grads is not None:
+        grads = [placed(grad, variant.device) for grad in grads]
+    results = evaluate(case.function, inputs_on(variant.device, inputs), grads)
+    return {name: value.cpu() for name, value in results.items()}
+
+
+def exact_results(case: OpCase, inputs: Inputs, grads: list[Tensor]) -> Results:
+    """The reference in float64."""
+    return evaluate(case.reference, mapped(inputs, Tensor.double), [g.double() for g in grads])
+
+
+def sample(
+    case: OpCase,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    exact: bool = False,
+    option: Mapping[str, Any] = MappingProxyType({}),
+) -> Sample:
+    """Random inputs, and gradients of the outputs in their dtypes."""
+    inputs = case.make(shape, dtype, generator(seed), exact, **option)
+    values = generator(seed + 1000)
     with torch.no_grad():
-        outputs = function(*args, **kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [random(out.shape, out.dtype, generator, exact) for out in outputs]
+        outputs = outputs_of(case.reference(**inputs))
+    return inputs, [random(out.shape, out.dtype, values, exact) for out in outputs]
 
 
-def random(shape, dtype: torch.dtype, generator: torch.Generator, exact: bool = False) -> Tensor:
-    """Normal values, or integers −2 … 2; rank 4 in channels_last."""
-    if exact:
-        values = torch.randint(-2, 3, tuple(shape), generator=generator).to(dtype)
-    else:
-        values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
-    return values.to(memory_format=torch.channels_last) if len(shape) == 4 else values
+def compare(case: OpCase, variant: Variant, *samples: Sample) -> Results:
+    """Forward and backward within the budget of all samples together, which have the same shapes.
+
+    A gradient of few values may by chance have next to no error in the reference: several samples
+    make its budget a fair one. Returns the variant's results of the last sample.
+    """
+    oracle = [exact_results(case, *each) for each in samples]
+    same_dtype = [evaluate(case.reference, *each) for each in samples]
+    with variant.active():
+        got = [run(case, variant, *each) for each in samples]
+    stacked = [
+        {name: torch.stack([each[name] for each in results]) for name in results[0]}
+        for results in (got, same_dtype, oracle)
+    ]
+    assert_within_budget(*stacked, case.slack.get(variant.backend, 2.0))
+    return got[-1]
 
 
 def assert_within_budget(
-    got: dict[str, Tensor],
-    same_dtype: dict[str, Tensor],
-    oracle: dict[str, Tensor],
+    got: Results,
+    same_dtype: Results,
+    oracle: Results,
     slack: float = 2.0,
 ) -> None:
-    """err(kernel) ≤ 2·err(same-dtype reference) + 2·eps·max|oracle|, for maximum and RMS.
+    """err(kernel) ≤ slack·err(same-dtype reference) + 2·eps·max|oracle|, for maximum and RMS.
 
     A gradient must also point where the oracle's does, so that zeros cannot hide in a tolerance.
     In float64 the oracle is the reference itself: there the budget is 1e-11·max|oracle|.
@@ -155,3 +229,9 @@ def assert_within_budget(
                 value.double().flatten(), exact.flatten(), dim=0
             )
             assert cosine > 0.99, f"{name}: cosine {cosine:.4f} to the oracle"
+
+
+def assert_same_bits(got: Results, expected: Results) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name

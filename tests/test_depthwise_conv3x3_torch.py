@@ -1,15 +1,15 @@
-"""depthwise_conv3x3 as a citizen of torch: autograd, compile, export, autocast, errors."""
+"""depthwise_conv3x3 as a citizen of torch, where one operation stands for all."""
 
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
-from harness import evaluate, variants
-from test_depthwise_conv3x3 import CASE, generator, make, on_every_variant
+from cases.depthwise_conv3x3 import CASE
+from harness import evaluate, generator, inputs_on, placed, sample, tensors_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from variants import on_variants
 
 import dsnet_kernels
 from dsnet_kernels import depthwise_conv3x3, native
@@ -17,28 +17,14 @@ from dsnet_kernels.reference import depthwise_conv3x3 as reference
 
 OP = torch.ops.dsnet_kernels.depthwise_conv3x3
 OP_BACKWARD = torch.ops.dsnet_kernels.depthwise_conv3x3_backward
+X, WEIGHT = torch.zeros(2, 4, 5, 5), torch.zeros(4, 1, 3, 3)
 
-
-def float64_inputs(shape=(2, 3, 4, 3)):
-    (x, weight, bias), kwargs = make(shape, torch.float64, generator(0))
-    return x, weight, bias, kwargs["scale"], kwargs["shift"]
-
-
-@on_every_variant
-@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (1, 9, 1, 2)], ids=str)
-@pytest.mark.parametrize("residual", [True, False])
-def test_gradcheck(variant, shape, residual):
-    inputs = [t.requires_grad_() for t in float64_inputs(shape)]
-
-    def function(x, weight, bias, scale, shift):
-        return depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=residual)
-
-    with variant.active():
-        assert torch.autograd.gradcheck(function, inputs, fast_mode=False)
+on_every_variant = on_variants(CASE.name)
 
 
 def test_the_reference_differentiates_twice_and_forward():
-    inputs = [t.requires_grad_() for t in float64_inputs((1, 2, 3, 3))]
+    inputs = CASE.make((1, 2, 3, 3), torch.float64, generator(0))
+    inputs = [tensor.requires_grad_() for tensor in tensors_of(inputs).values()]
     with dsnet_kernels.backend("reference"):
         assert torch.autograd.gradgradcheck(
             lambda x, w, b, s, t: depthwise_conv3x3(x, w, b, scale=s, shift=t), inputs
@@ -52,64 +38,17 @@ def test_the_reference_differentiates_twice_and_forward():
 
 
 @on_every_variant
-def test_forward_mode_and_second_derivatives_raise_rather_than_lie(variant):
-    x, weight, *_ = float64_inputs()
-    with variant.active():
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.func.jvp(lambda x: depthwise_conv3x3(x, weight), (x,), (x,))
-        x.requires_grad_()
-        (grad,) = torch.autograd.grad(
-            depthwise_conv3x3(x, weight).square().sum(), x, create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-
-
-@on_every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(variant, dtype):
-    (x, weight, bias), kwargs = make((2, 5, 4, 6), dtype, generator(0))
-    scale, shift = kwargs["scale"], kwargs["shift"]
-    with variant.active():
-        for args in (
-            (x, weight, bias, scale, shift, True),
-            (x.contiguous(), weight, None, None, None, False),
-            (x[:0], weight, bias, None, shift, True),
-        ):
-            torch.library.opcheck(OP, args)
-        torch.library.opcheck(OP_BACKWARD, (x, x, weight, scale, shift, True))
-        torch.library.opcheck(OP_BACKWARD, (x[:0], x[:0], weight, None, None, False))
-
-
-@on_every_variant
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_without_a_graph_break(variant, dynamic):
-    torch.compiler.reset()
-
-    def function(x, weight, bias, scale, shift):
-        return depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=True).relu()
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
-    with variant.active():
-        for shape in ((2, 8, 6, 6), (3, 8, 9, 5)) if dynamic else ((2, 8, 6, 6),):
-            (x, weight, bias), kwargs = make(shape, torch.float32, generator(1))
-            inputs = ((x, weight, bias, kwargs["scale"], kwargs["shift"]), {})
-            grads = [torch.ones(shape)]
-            expected, got = evaluate(function, inputs, grads), evaluate(compiled, inputs, grads)
-            for name, value in expected.items():
-                torch.testing.assert_close(got[name], value)
-
-
-@on_every_variant
 def test_compiles_with_one_tensor_for_several_parameters(variant):
     torch.compiler.reset()
 
     def function(x, weight, vector):
         return depthwise_conv3x3(x, weight, vector, scale=vector, shift=vector).relu()
 
-    compiled = torch.compile(function, fullgraph=True)
-    (x, weight, vector), _ = make((2, 8, 6, 6), torch.float32, generator(1))
-    inputs, grads = ((x, weight, vector), {}), [torch.ones_like(x)]
+    compiler = "inductor" if variant.is_compiled else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    made, grads = sample(CASE, (2, 8, 6, 6))
+    inputs = {"x": made["x"], "weight": made["weight"], "vector": made["bias"]}
+    inputs, grads = inputs_on(variant.device, inputs), [placed(grads[0], variant.device)]
     with variant.active():
         expected, got = evaluate(function, inputs, grads), evaluate(compiled, inputs, grads)
     for name, value in expected.items():
@@ -155,22 +94,6 @@ def test_packages_ahead_of_time(tmp_path):
         torch.testing.assert_close(loaded(x), module(x))
 
 
-@on_every_variant
-def test_autocast_takes_the_activation_only(variant):
-    (x, weight, bias), _ = make((2, 8, 6, 6), torch.float32, generator(0))
-    weight.requires_grad_()
-    with variant.active(), torch.autocast("cpu", dtype=torch.bfloat16):
-        out = depthwise_conv3x3(x, weight, bias, residual=True)
-    assert out.dtype == torch.bfloat16
-    with variant.active():
-        assert torch.equal(out, depthwise_conv3x3(x.bfloat16(), weight, bias, residual=True))
-    out.float().sum().backward()
-    assert weight.grad.dtype == torch.float32
-    with variant.active(), torch.autocast("cpu", dtype=torch.bfloat16):
-        double = depthwise_conv3x3(x.double(), weight.detach().double())
-    assert double.dtype == torch.float64
-
-
 def test_meta_and_fake_tensors():
     meta = depthwise_conv3x3(
         torch.empty(2, 4, 5, 6, device="meta"), torch.empty(4, 1, 3, 3, device="meta")
@@ -184,174 +107,6 @@ def test_meta_and_fake_tensors():
         assert out.is_contiguous(memory_format=torch.channels_last)
         out.sum().backward()
         assert weight.grad.shape == weight.shape
-
-
-@on_every_variant
-def test_functional_gradients(variant):
-    x, weight, *_ = float64_inputs()
-
-    def loss(x, weight):
-        return depthwise_conv3x3(x, weight, residual=True).square().sum()
-
-    with variant.active():
-        got = torch.func.grad(loss, argnums=(0, 1))(x, weight)
-    with dsnet_kernels.backend("reference"):
-        expected = torch.func.grad(loss, argnums=(0, 1))(x, weight)
-    torch.testing.assert_close(got, expected)
-
-
-def parameter_loss(weight, bias, scale, shift, x):
-    out = depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=True)
-    return out.sin().sum()
-
-
-MAPPED = {
-    "x": (None, None, None, None, 0),
-    "x last": (None, None, None, None, 4),
-    "parameters": (0, 0, 0, 0, None),
-    "some": (0, None, 1, None, 2),
-    "all": (0, 0, 0, 0, 0),
-}
-
-
-def mapped_inputs(in_dims, samples=3):
-    x, *parameters = float64_inputs()
-    return [
-        t
-        if dim is None
-        else torch.randn(samples, *t.shape, generator=generator(7), dtype=t.dtype)
-        .movedim(0, dim)
-        .contiguous()
-        for t, dim in zip((*parameters, x), in_dims, strict=True)
-    ]
-
-
-@on_every_variant
-@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED)
-def test_vmap_over_values_and_gradients(variant, in_dims):
-    def forward(weight, bias, scale, shift, x):
-        return depthwise_conv3x3(x, weight, bias, scale=scale, shift=shift, residual=True)
-
-    inputs = mapped_inputs(in_dims)
-    gradients = torch.func.grad(parameter_loss, argnums=(0, 1, 2, 3, 4))
-    functions = [
-        torch.func.vmap(forward, in_dims),
-        torch.func.vmap(gradients, in_dims),
-        torch.func.grad(
-            lambda *args: torch.func.vmap(parameter_loss, in_dims)(*args).sum(), (0, 1, 2, 3, 4)
-        ),
-    ]
-    for function in functions:
-        with variant.active():
-            got = function(*inputs)
-        with dsnet_kernels.backend("reference"):
-            expected = function(*inputs)
-        torch.testing.assert_close(got, expected)
-
-
-@on_every_variant
-@pytest.mark.parametrize("in_dims", MAPPED.values(), ids=MAPPED)
-def test_vmap_is_differentiable(variant, in_dims):
-    inputs = [t.requires_grad_() for t in mapped_inputs(in_dims)]
-    with variant.active():
-        got = torch.autograd.grad(torch.func.vmap(parameter_loss, in_dims)(*inputs).sum(), inputs)
-    with dsnet_kernels.backend("reference"):
-        loss = torch.func.vmap(parameter_loss, in_dims)(*inputs).sum()
-        torch.testing.assert_close(got, torch.autograd.grad(loss, inputs))
-
-
-@on_every_variant
-def test_nested_vmap_and_inference_mode(variant):
-    x, weight, *_ = float64_inputs()
-    xs = torch.stack([torch.stack([x, 2 * x]), torch.stack([3 * x, 4 * x]), torch.stack([x, -x])])
-    expected = reference(xs.flatten(0, 2), weight).unflatten(0, xs.shape[:3])
-    function = torch.func.vmap(torch.func.vmap(lambda x: depthwise_conv3x3(x, weight)))
-    with variant.active():
-        torch.testing.assert_close(function(xs), expected)
-        with torch.inference_mode():
-            torch.testing.assert_close(function(xs), expected)
-
-
-@on_every_variant
-def test_only_the_gradients_asked_for(variant):
-    (x, weight, bias), kwargs = make((2, 8, 6, 6), torch.float32, generator(0))
-    weight.requires_grad_()
-    with variant.active():
-        depthwise_conv3x3(x, weight, bias, **kwargs).sum().backward()
-    assert weight.grad is not None
-    assert x.grad is bias.grad is None
-
-
-@on_every_variant
-def test_inference_mode_gives_the_same_bits(variant):
-    (x, weight, bias), kwargs = make((2, 8, 6, 6), torch.float32, generator(0))
-    with variant.active():
-        expected = depthwise_conv3x3(x, weight, bias, **kwargs)
-        with torch.inference_mode():
-            assert torch.equal(depthwise_conv3x3(x, weight, bias, **kwargs), expected)
-
-
-@on_every_variant
-def test_eight_threads_at_once(variant):
-    inputs = [make((2, 24, 13, 9), torch.float32, generator(seed)) for seed in range(8)]
-    grads = [torch.randn(2, 24, 13, 9) for _ in inputs]
-    results: dict[int, list] = {}
-
-    def work(i: int) -> None:
-        results[i] = [evaluate(depthwise_conv3x3, inputs[i], [grads[i]]) for _ in range(20)]
-
-    with variant.active():
-        expected = [evaluate(depthwise_conv3x3, i, [g]) for i, g in zip(inputs, grads, strict=True)]
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for i, wanted in enumerate(expected):
-        assert len(results[i]) == 20
-        for got in results[i]:
-            assert all(torch.equal(value, got[name]) for name, value in wanted.items())
-
-
-X, WEIGHT = torch.zeros(2, 4, 5, 5), torch.zeros(4, 1, 3, 3)
-
-
-@pytest.mark.parametrize("backend", ["reference", *{v.backend for v in variants(CASE.name)}])
-@pytest.mark.parametrize(
-    ("args", "kwargs", "error", "message"),
-    [
-        ((X[0], WEIGHT), {}, ValueError, r"x: expected 4 dimensions .* got shape \(4, 5, 5\)"),
-        (([1.0], WEIGHT), {}, TypeError, "x: expected a Tensor, got list"),
-        ((X.int(), WEIGHT), {}, TypeError, "x: expected one of float32, .* got torch.int32"),
-        ((X.cfloat(), WEIGHT), {}, TypeError, "x: expected one of float32"),
-        ((X.to_sparse(), WEIGHT), {}, TypeError, "x: expected layout torch.strided, got torch.sp"),
-        ((X.to_mkldnn(), WEIGHT), {}, TypeError, "x: expected layout torch.strided, got torch._mk"),
-        ((X[..., :0], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 4, 5, 0\)"),
-        ((X[:, 4:], WEIGHT), {}, ValueError, r"x: expected at least one .*\(2, 0, 5, 5\)"),
-        (
-            (X, WEIGHT[:3]),
-            {},
-            ValueError,
-            r"weight: expected shape \(4, 1, 3, 3\), got \(3, 1, 3, 3\)",
-        ),
-        ((X, torch.zeros(4, 1, 5, 5)), {}, ValueError, r"weight: expected shape .*\(4, 1, 5, 5\)"),
-        ((X, WEIGHT, torch.zeros(3)), {}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
-        ((X, WEIGHT), {"scale": torch.zeros(4, 1)}, ValueError, r"scale: expected shape \(4,\)"),
-        ((X, WEIGHT), {"shift": 1.0}, TypeError, "shift: expected a Tensor, got float"),
-        (
-            (X, WEIGHT.double()),
-            {},
-            TypeError,
-            "weight: expected torch.float32 .* got torch.float64",
-        ),
-        ((X.bfloat16(), WEIGHT.half()), {}, TypeError, "weight: expected torch.bfloat16 or"),
-        ((X, WEIGHT.to("meta")), {}, ValueError, "weight: expected the device of x, cpu, got meta"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_errors_name_argument_expected_and_got(backend, args, kwargs, error, message):
-    with pytest.raises(error, match=message):
-        depthwise_conv3x3(*args, backend=backend, **kwargs)
 
 
 @pytest.mark.parametrize(

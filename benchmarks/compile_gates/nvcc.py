@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from build_backend.cuda_toolkit import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
@@ -55,28 +56,20 @@ class Verdict:
     notes: tuple[str, ...]
 
 
-def find_nvcc() -> str | None:
-    """CUDACXX, else CUDA_HOME's nvcc, else that on PATH, else the usual folder's."""
-    candidates = [os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    if os.environ.get("CUDA_HOME"):
-        candidates.insert(1, str(Path(os.environ["CUDA_HOME"], "bin", "nvcc")))
-    return next((path for each in candidates if each and (path := shutil.which(each))), None)
-
-
-def nvcc_version(nvcc: str) -> str:
+def nvcc_version(nvcc: Path) -> str:
     """Such as ``13.0.88``.
 
     Raises:
         GateError: if the compiler does not say.
     """
-    text = _run([nvcc, "--version"])
+    text = _run([str(nvcc), "--version"])
     match = re.search(r"\bV(\d+(?:\.\d+)+)", text)
     if match is None:
         raise GateError(f"{nvcc} --version: expected a version such as V13.0.88, got {text!r}")
     return match[1]
 
 
-def compile_kernels(nvcc: str) -> str:
+def compile_kernels(nvcc: Path) -> str:
     """The report of ``ptxas -v``, from the cache where sources, flags and compiler are the same."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     digest = hashlib.sha256(json.dumps([nvcc_version(nvcc), FLAGS, targets]).encode())
@@ -89,7 +82,7 @@ def compile_kernels(nvcc: str) -> str:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         threads = f"--threads={min(len(ARCHITECTURES), len(os.sched_getaffinity(0)))}"
         output = ["-o", str(Path(scratch, "kernels.o")), str(SOURCE)]
-        report = _run([nvcc, *FLAGS, *targets, threads, *output])
+        report = _run([str(nvcc), *FLAGS, *targets, threads, *output])
         written = Path(scratch, cached.name)
         written.write_text(report, "utf-8")
         os.replace(written, cached)

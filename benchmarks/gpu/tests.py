@@ -1,4 +1,4 @@
-"""The tests that need a GPU, and the operations' own with the GPU's backends."""
+"""The tests that need a GPU."""
 
 import shlex
 import subprocess
@@ -6,56 +6,30 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dsnet_kernels.backends import OPERATIONS
-
 from .phases import ROOT
 from .program import Context
 
 OPTIONS = ["-q", "-p", "no:cacheprovider", "--strict-markers", "-ra"]
-NOTHING_COLLECTED = 5  # pytest's exit status
 
-
-STAND_INS = ("_cuda", "_triton")
-"""Endings of the files that run a backend's kernels in the emulator or the interpreter."""
-
-
-def selections(dry_run: bool) -> dict[str, list[str]]:
-    """pytest's arguments by what they select; in a dry run with the GPU's stand-ins."""
-    found = sorted(
-        path for name in OPERATIONS for path in (ROOT / "tests").glob(f"test_{name}*.py")
-    )
-    files = [
-        str(path.relative_to(ROOT))
-        for path in found
-        if dry_run or not path.stem.endswith(STAND_INS)
-    ]
-    return {
-        "gpu": ["-m", "gpu", "tests"],
-        "operations": [*files, "-m", "not gpu", "-k", "cuda or triton"],
-    }
+SELECTION = ["-m", "gpu", "tests"]
+"""Tests of the operations carry the mark too, where they run on a GPU's backends."""
 
 
 def run(context: Context) -> str | None:
-    problems = []
-    for name, arguments in selections(context.dry_run).items():
-        report = context.result.with_name(f"{name}.xml")
-        extra = ["--collect-only"] if context.dry_run else [f"--junitxml={report}"]
-        command = [sys.executable, "-m", "pytest", *arguments, *OPTIONS, *extra]
-        print(shlex.join(command), flush=True)
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        counts = {"exit_status": code} | (counted(report) if report.exists() else {})
-        context.results[name] = counts
-        context.write()
-        found = problem(code, counts, context.dry_run)
-        if found:
-            problems.append(f"{name}: {found}")
-    return "; ".join(problems) or None
+    report = context.result.with_name("gpu.xml")
+    extra = ["--collect-only"] if context.dry_run else [f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *SELECTION, *OPTIONS, *extra]
+    print(shlex.join(command), flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    counts = counted(report) if report.exists() else {}
+    context.results["gpu"] = {"exit_status": code} | counts
+    context.write()
+    return problem(code, counts, context.dry_run)
 
 
 def problem(code: int, counts: dict[str, int], dry_run: bool) -> str | None:
     if dry_run:
-        # Collecting is all that can be tried; a selection may be empty without a GPU's backends.
-        return None if code in (0, NOTHING_COLLECTED) else f"pytest ended with status {code}"
+        return None if code == 0 else f"pytest ended with status {code}"
     if code != 0:
         return f"pytest ended with status {code}, {counts.get('failed', 0)} tests failed"
     return None if counts["passed"] else "every test was skipped"

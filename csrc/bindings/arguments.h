@@ -55,4 +55,30 @@ inline void check_gradient(const Tensor& grad, const Tensor& x) {
       torch::headeronly::toString(grad.scalar_type()));
 }
 
+// The same for attention.
+template <typename Shape>
+Shape check_attention(const Tensor& x, int64_t num_heads, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double dropout_p,
+    const OptionalTensor& seed) {
+  check(x.dim() == 3, "x: expected shape (B, M, C), got ", shape_text(x.sizes()));
+  const int64_t width = x.size(2);
+  check(num_heads > 0 && width % num_heads == 0, "num_heads: expected a divisor of x's ", width,
+      " channels, got ", num_heads);
+  const Shape shape{x.size(0), x.size(1), num_heads, width / num_heads};
+  check(shape.head_dim % 8 == 0 && shape.head_dim >= 8 && shape.head_dim <= 128,
+      "x: expected heads of 8, 16, … 128 channels, got ", shape.head_dim);
+  check_shape("norm_weight", norm_weight, {width});
+  check_shape("norm_bias", norm_bias, {width});
+  check_shape("qkv_weight", qkv_weight, {3 * width, width});
+  check_shape("qkv_bias", qkv_bias, {3 * width});
+  check(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected 0 <= dropout_p < 1, got ", dropout_p);
+  check(dropout_p == 0 || seed.has_value(), "seed: expected a tensor with dropout_p above 0");
+  if (seed.has_value()) {
+    check_shape("seed", *seed, {});
+    check(seed->scalar_type() == ScalarType::Long, "seed: expected int64, got ",
+        torch::headeronly::toString(seed->scalar_type()));
+  }
+  return shape;
+}
+
 }  // namespace dsnet

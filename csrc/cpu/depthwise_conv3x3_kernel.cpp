@@ -8,11 +8,6 @@
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // Output rows computed together, each tap loaded once for all of them, as many as registers hold.
 constexpr int forward_rows = 4;
 constexpr int backward_rows = 2;

@@ -25,6 +25,13 @@ inline cpu::Storage storage_of(const Tensor& x) {
   }
 }
 
+// The value of a seed, 0 where there is none.
+inline uint64_t seed_of(const OptionalTensor& seed) {
+  return seed.has_value()
+             ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()))
+             : 0;
+}
+
 template <typename Acc, typename T>
 void widen(const Tensor& contiguous, Acc* out) {
   const T* data = static_cast<const T*>(contiguous.const_data_ptr());

@@ -1,0 +1,233 @@
+// Global self-attention on the CPU: checks, allocation, threads, registration.
+#include "cpu/global_attention.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "bindings/cpu/parameters.h"
+#include "cpu/capability.h"
+
+namespace dsnet {
+namespace {
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// Memory that a thread keeps between calls.
+void* scratch(int64_t bytes) {
+  thread_local std::vector<Line> lines;
+  const size_t needed = static_cast<size_t>(bytes) / sizeof(Line) + 1;
+  if (lines.size() < needed) lines.resize(needed);
+  return lines.data();
+}
+
+// As it is, or copied: asked first, since a call of torch costs microseconds.
+Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// What both directions hold for their kernels.
+class Call {
+ public:
+  const cpu::AttentionShape shape;
+  const cpu::AttentionLayout layout;
+  const cpu::Storage storage;
+
+  Call(const Tensor& x, int64_t num_heads, const Tensor& norm_weight, const Tensor& norm_bias,
+      const Tensor& qkv_weight, const Tensor& qkv_bias, double eps, double dropout_p,
+      const OptionalTensor& seed)
+      : shape(check_attention<cpu::AttentionShape>(
+            x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed)),
+        layout(shape),
+        storage(storage_of(x)),
+        x_(as_contiguous(x)),
+        norm_weight_(as_contiguous(norm_weight)),
+        norm_bias_(as_contiguous(norm_bias)),
+        qkv_weight_(as_contiguous(qkv_weight)),
+        qkv_bias_(as_contiguous(qkv_bias)),
+        eps_(eps),
+        dropout_{dropout_p, seed_of(seed)} {}
+
+  ScalarType accumulator() const {
+    return storage == cpu::Storage::float64 ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // Accumulators of the caller or, with `held`, of this call.
+  Tensor memory(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::empty(sizes, accumulator(), std::nullopt, x_.device());
+  }
+  void* held(std::initializer_list<int64_t> sizes) {
+    held_.push_back(memory(sizes));
+    return held_.back().mutable_data_ptr();
+  }
+
+  void describe(cpu::AttentionProjection& args) {
+    args.shape = shape;
+    args.x = x_.const_data_ptr();
+    args.norm_weight = view_of("norm_weight", norm_weight_);
+    args.norm_bias = view_of("norm_bias", norm_bias_);
+    args.qkv_weight = view_of("qkv_weight", qkv_weight_);
+    args.qkv_bias = view_of("qkv_bias", qkv_bias_);
+    args.eps = eps_;
+    args.dropout = dropout_;
+    args.packed = held({layout.packed});
+  }
+
+  // Runs all tasks of a step, each of so many multiplications and additions.
+  template <typename Arguments>
+  void run(cpu::AttentionStep<std::type_identity_t<Arguments>> step, const Arguments& args,
+      int64_t scratch_size, int64_t tasks, int64_t products) const {
+    // About 20 µs of work: less is not worth waking a thread.
+    constexpr int64_t products_per_grain = 500000;
+    const int64_t grain = std::max<int64_t>(1, products_per_grain / std::max<int64_t>(1, products));
+    const int64_t bytes = scratch_size * (storage == cpu::Storage::float64 ? 8 : 4);
+    torch::stable::parallel_for(0, tasks, grain,
+        [&](int64_t begin, int64_t end) { step(args, scratch(bytes), begin, end); });
+  }
+
+  // Products of a token's projection to one head.
+  int64_t head_products() const { return 3 * shape.head_dim * shape.width(); }
+
+ private:
+  cpu::Parameter view_of(const char* name, const Tensor& parameter) const {
+    const ScalarType dtype = parameter.scalar_type();
+    check(dtype == x_.scalar_type() || dtype == accumulator(), name,
+        ": expected x's dtype or float32, got ", torch::headeronly::toString(dtype));
+    return {parameter.const_data_ptr(), dtype == accumulator()};
+  }
+
+  Tensor x_, norm_weight_, norm_bias_, qkv_weight_, qkv_bias_;
+  double eps_;
+  cpu::AttentionDropout dropout_;
+  std::vector<Tensor> held_;
+};
+
+// Sums the blocks in order, in double.
+template <typename Acc>
+void sum_blocks(const void* partials, int64_t blocks, int64_t stride, int64_t count, Tensor& out) {
+  Acc* to = static_cast<Acc*>(out.mutable_data_ptr());
+  for (int64_t c = 0; c < count; ++c) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      sum += static_cast<double>(static_cast<const Acc*>(partials)[block * stride + c]);
+    }
+    to[c] = static_cast<Acc>(sum);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
+    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
+  Call call(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
+  const cpu::AttentionShape& shape = call.shape;
+  const cpu::AttentionLayout& layout = call.layout;
+  Tensor out = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
+  Tensor lse = call.memory({shape.batch, num_heads, shape.tokens});
+  if (x.numel() == 0) return {out, lse};
+
+  cpu::AttentionForward args{};
+  call.describe(args);
+  args.out = out.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr();
+  const auto kernels = cpu::global_attention_forward(cpu::capability(), call.storage);
+  const int64_t M = shape.tokens, all_heads = shape.batch * num_heads;
+  const int64_t size = layout.scratch(shape);
+  call.run<cpu::AttentionProjection>(
+      kernels.pack, args, size, num_heads + 1, 4 * call.head_products());
+  if (layout.is_few) {
+    call.run(
+        kernels.few, args, size, all_heads, M * (call.head_products() + 2 * M * shape.head_dim));
+    return {out, lse};
+  }
+  args.qkv = call.held({all_heads, M, layout.head});
+  args.keys = call.held({all_heads, shape.head_dim, layout.keys});
+  call.run<cpu::AttentionProjection>(kernels.project, args, size, shape.batch * layout.token_blocks,
+      num_heads * call.head_products() * cpu::AttentionLayout::token_block);
+  call.run(kernels.attend, args, size, all_heads * layout.query_blocks,
+      2 * M * shape.head_dim * cpu::AttentionLayout::query_block);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad,
+    const Tensor& x, const Tensor& lse, int64_t num_heads, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double eps,
+    double dropout_p, const OptionalTensor& seed) {
+  Call call(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
+  const cpu::AttentionShape& shape = call.shape;
+  const cpu::AttentionLayout& layout = call.layout;
+  const int64_t M = shape.tokens, C = shape.width(), d = shape.head_dim;
+  const int64_t all_heads = shape.batch * num_heads, all_tokens = shape.batch * M;
+  check_shape("grad", grad, {shape.batch, M, C});
+  check(grad.scalar_type() == x.scalar_type(), "grad: expected x's dtype, ",
+      torch::headeronly::toString(x.scalar_type()), ", got ",
+      torch::headeronly::toString(grad.scalar_type()));
+  check_shape("lse", lse, {shape.batch, num_heads, M});
+  check(lse.scalar_type() == call.accumulator(), "lse: expected ",
+      torch::headeronly::toString(call.accumulator()), ", got ",
+      torch::headeronly::toString(lse.scalar_type()));
+  Tensor grad_x = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
+  Tensor grad_norm_weight = call.memory({C}), grad_norm_bias = call.memory({C});
+  Tensor grad_qkv_weight = call.memory({3 * C, C}), grad_qkv_bias = call.memory({3 * C});
+  if (x.numel() == 0) {
+    for (Tensor* each : {&grad_norm_weight, &grad_norm_bias, &grad_qkv_weight, &grad_qkv_bias}) {
+      torch::stable::zero_(*each);
+    }
+    return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
+  }
+
+  const Tensor grad_source = as_contiguous(grad), lse_source = as_contiguous(lse);
+  const cpu::AttentionBackwardLayout cut(shape, layout);
+  cpu::AttentionBackward args{};
+  call.describe(args);
+  args.cut = cut;
+  args.grad = grad_source.const_data_ptr();
+  args.lse = lse_source.const_data_ptr();
+  args.y = call.held({all_tokens, layout.width});
+  args.moments = call.held({all_tokens, 2});
+  args.packed_rows = call.held({3 * C, layout.width});
+  args.grad_qkv = call.held({all_tokens, 3 * C});
+  args.norm_partials = call.held({cut.token_blocks, 2, layout.width});
+  if (cut.splits > 1) args.partials = call.held({all_heads, cut.splits, 2, M, d});
+  if (!layout.is_few) {
+    args.qkv = call.held({all_heads, M, layout.head});
+    args.keys = call.held({all_heads, d, layout.keys});
+    args.values = call.held({all_heads, d, layout.keys});
+  }
+  args.grad_x = grad_x.mutable_data_ptr();
+  args.grad_qkv_weight = grad_qkv_weight.mutable_data_ptr();
+  args.grad_qkv_bias = grad_qkv_bias.mutable_data_ptr();
+
+  const auto kernels = cpu::global_attention_backward(cpu::capability(), call.storage);
+  const int64_t size = cut.scratch(shape, layout), projection = call.head_products();
+  call.run<cpu::AttentionProjection>(kernels.pack, args, size, num_heads + 1, 4 * projection);
+  call.run(kernels.pack_rows, args, size, cut.panels, 12 * C * cut.panel);
+  const int64_t per_token = layout.is_few ? 16 * C : num_heads * projection;
+  call.run<cpu::AttentionProjection>(kernels.project, args, size, shape.batch * layout.token_blocks,
+      per_token * cpu::AttentionLayout::token_block);
+  call.run(kernels.heads, args, size, all_heads * cut.splits,
+      M * ((layout.is_few ? projection : 0) + 5 * M * d) / cut.splits);
+  call.run(kernels.tokens, args, size, cut.token_blocks, cut.token_block * 3 * C * C);
+  call.run(kernels.weights, args, size, cut.weight_blocks, cut.weight_block * C * all_tokens);
+  for (int part = 0; part < 2; ++part) {
+    const int64_t offset = part * layout.width, stride = 2 * layout.width;
+    Tensor& to = part == 0 ? grad_norm_weight : grad_norm_bias;
+    if (call.storage == cpu::Storage::float64) {
+      const double* from = static_cast<const double*>(args.norm_partials) + offset;
+      sum_blocks<double>(from, cut.token_blocks, stride, C, to);
+    } else {
+      const float* from = static_cast<const float*>(args.norm_partials) + offset;
+      sum_blocks<float>(from, cut.token_blocks, stride, C, to);
+    }
+  }
+  return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
+}
+
+}  // namespace dsnet
+
+STABLE_TORCH_LIBRARY_IMPL(dsnet_kernels, CPU, m) {
+  m.impl("global_attention", TORCH_BOX(&dsnet::global_attention));
+  m.impl("global_attention_backward", TORCH_BOX(&dsnet::global_attention_backward));
+}

@@ -1,0 +1,109 @@
+// The steps that attention is made of, for the instruction set of this compilation.
+#pragma once
+
+#include "matmul.h"
+
+namespace dsnet::cpu::DSNET_CPU_ARCH {
+
+// Calls body(load, store offset): whole registers across n values, then what is left.
+template <typename V, typename Body>
+inline void for_each_register(int64_t n, const Body& body) {
+  int64_t c = 0;
+  for (; c + V::size <= n; c += V::size) body(c, V::size);
+  if (c < n) body(c, n - c);
+}
+
+template <typename V, typename T>
+inline V load_part(const T* p, int64_t n) {
+  return n == V::size ? V::load(p) : V::load(p, n);
+}
+
+template <typename V, typename T>
+inline void store_part(const V& value, T* p, int64_t n) {
+  if (n == V::size) {
+    value.store(p);
+  } else {
+    value.store(p, n);
+  }
+}
+
+// Mean and 1 / √(variance + eps) of a token.
+template <typename Acc>
+struct Moments {
+  Acc mean, rstd;
+};
+
+// Of R tokens, computed side by side since each sum waits for itself.
+template <typename V, int R, typename T, typename Acc = typename V::Acc>
+inline void moments_of(const T* x, int64_t stride, int64_t width, Acc eps, Moments<Acc>* moments) {
+  V sums[R];
+  for (int i = 0; i < R; ++i) sums[i] = V::zero();
+  for_each_register<V>(width, [&](int64_t c, int64_t n) {
+    for (int i = 0; i < R; ++i) sums[i] = sums[i] + load_part<V>(x + i * stride + c, n);
+  });
+  V mean[R];
+  for (int i = 0; i < R; ++i) {
+    moments[i].mean = sum_of(sums[i]) / static_cast<Acc>(width);
+    mean[i] = V::fill(moments[i].mean);
+    sums[i] = V::zero();
+  }
+  const int64_t whole = width / V::size * V::size;
+  for (int64_t c = 0; c < whole; c += V::size) {
+    for (int i = 0; i < R; ++i) {
+      const V d = V::load(x + i * stride + c) - mean[i];
+      sums[i] = fma(d, d, sums[i]);
+    }
+  }
+  if (whole < width) {
+    for (int i = 0; i < R; ++i) {
+      // Zero behind the last channel, as what is loaded there.
+      Acc means[V::size];
+      mean[i].store(means);
+      const V d = V::load(x + i * stride + whole, width - whole) - V::load(means, width - whole);
+      sums[i] = fma(d, d, sums[i]);
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    const Acc variance = sum_of(sums[i]) / static_cast<Acc>(width);
+    moments[i].rstd = Acc{1} / square_root(variance + eps);
+  }
+}
+
+// y = (x − mean)·rstd·weight + bias for a token; zero behind the last channel.
+template <typename V, typename T, typename Acc = typename V::Acc>
+inline void normalise(const T* x, int64_t width, int64_t padded, Moments<Acc> moments,
+    const Acc* weight, const Acc* bias, Acc* y) {
+  const V mean = V::fill(moments.mean), rstd = V::fill(moments.rstd);
+  for_each_register<V>(width, [&](int64_t c, int64_t n) {
+    const V centred = load_part<V>(x + c, n) - mean;
+    // Weight and bias are zero behind the last channel.
+    fma(centred * rstd, V::load(weight + c), V::load(bias + c)).store(y + c);
+  });
+  for (int64_t c = (width + V::size - 1) / V::size * V::size; c < padded; ++c) y[c] = 0;
+}
+
+// Writes `value` to elements [count, columns) of a row, less than 16 and in whole registers.
+template <typename V, typename Acc = typename V::Acc>
+inline void fill_rest(Acc* row, int64_t count, int64_t columns, Acc value) {
+  for (int64_t j = count / V::size * V::size; j < columns; j += V::size) {
+    // A register at once: a load would wait for narrower stores.
+    const int64_t n = count > j ? count - j : 0;
+    V::load(row + j).with_rest(n, V::fill(value)).store(row + j);
+  }
+}
+
+template <typename T>
+inline void prefetch(const T* p, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(p + i);
+}
+
+// Maximum of n values.
+template <typename V, typename Acc = typename V::Acc>
+inline Acc row_maximum(const Acc* row, int64_t n) {
+  V largest = V::load(row);
+  for (int64_t c = V::size; c < n; c += V::size) largest = larger(largest, V::load(row + c));
+  return largest_of(largest);
+}
+
+}  // namespace dsnet::cpu::DSNET_CPU_ARCH

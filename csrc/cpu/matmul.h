@@ -1,0 +1,163 @@
+// Small matrix products in registers, for the instruction set of this compilation.
+#pragma once
+
+#include "vec.h"
+
+namespace dsnet::cpu::DSNET_CPU_ARCH {
+
+// Rows and registers of a tile: its sums, a register row of B and one value of A fit the registers.
+#if defined(__AVX512F__)
+constexpr int tile_rows = 7, tile_registers = 3;
+#elif defined(__AVX2__)
+constexpr int tile_rows = 6, tile_registers = 2;
+#else
+constexpr int tile_rows = 2, tile_registers = 2;
+#endif
+
+template <typename T>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
+
+// Columns of B that a tile covers.
+template <typename V>
+constexpr int64_t tile_columns = tile_registers * V::size;
+
+// Row-major values: element (i, j) at data[i · stride + j].
+template <typename Acc>
+struct Matrix {
+  Acc* data;
+  int64_t stride;
+};
+
+// What a product adds to: nothing, the same row for every row (stride 0), or a matrix.
+template <typename Acc>
+using Start = Matrix<const Acc>;
+
+namespace detail {
+
+template <bool transposed, typename V, int R, int N, typename Acc = typename V::Acc>
+inline void multiply_tile(
+    Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
+  // Unrolled in the source, or the sums would pass through memory before and after the loop.
+  V sums[R][N];
+  if (start.data == nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[i][j] = V::zero();
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) {
+        sums[i][j] = V::load(start.data + i * start.stride + j * V::size);
+      }
+    }
+  }
+  const Acc* row = b.data;
+  for (int64_t k = 0; k < depth; ++k, row += b.stride) {
+    V in[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      in[j] = V::load(row + j * V::size);
+      in[j].keep();
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const V value = V::fill(transposed ? a.data[k * a.stride + i] : a.data[i * a.stride + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[i][j] = fma(value, in[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sums[i][j].store(c.data + i * c.stride + j * V::size);
+  }
+}
+
+// The rows left below R.
+template <bool transposed, typename V, int R, int N, typename Acc = typename V::Acc>
+inline void multiply_rest(int64_t rows, Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth,
+    Start<Acc> start, Matrix<Acc> c) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_tile<transposed, V, R, N>(a, b, depth, start, c);
+    multiply_rest<transposed, V, R - 1, N>(rows, a, b, depth, start, c);
+  }
+}
+
+template <bool transposed, typename V, int N, typename Acc = typename V::Acc>
+__attribute__((noinline)) void multiply_columns(int64_t rows, Matrix<const Acc> a,
+    Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
+  for (; rows >= tile_rows; rows -= tile_rows) {
+    multiply_tile<transposed, V, tile_rows, N>(a, b, depth, start, c);
+    a.data += transposed ? tile_rows : tile_rows * a.stride;
+    if (start.data != nullptr) start.data += tile_rows * start.stride;
+    c.data += tile_rows * c.stride;
+  }
+  multiply_rest<transposed, V, tile_rows - 1, N>(rows, a, b, depth, start, c);
+}
+
+}  // namespace detail
+
+// c = start + a · b for a (rows, depth), b (depth, columns), with a's columns as rows if
+// transposed. Columns are whole registers. Each element is summed along depth in order, whatever
+// the tiles.
+template <bool transposed, typename V, typename Acc = typename V::Acc>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    Matrix<const Acc> b, Start<Acc> start, Matrix<Acc> c) {
+  int64_t registers;
+  for (int64_t j = 0; j < columns; j += registers * V::size) {
+    const Matrix<const Acc> part{b.data + j, b.stride};
+    const Start<Acc> from{start.data == nullptr ? nullptr : start.data + j, start.stride};
+    const Matrix<Acc> to{c.data + j, c.stride};
+    // Not 3 and 1: the products of one register wait for each other.
+    const int64_t left = (columns - j) / V::size;
+    registers = left == 4 ? 2 : smaller(left, tile_registers);
+    if (registers == tile_registers) {
+      detail::multiply_columns<transposed, V, tile_registers>(rows, a, part, depth, from, to);
+    } else if (registers == 2) {
+      detail::multiply_columns<transposed, V, 2>(rows, a, part, depth, from, to);
+    } else {
+      detail::multiply_columns<transposed, V, 1>(rows, a, part, depth, from, to);
+    }
+  }
+}
+
+template <typename Acc>
+inline void copy_columns(int64_t rows, int64_t columns, const Acc* from, int64_t from_stride,
+    Acc* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = from[i * from_stride + j];
+  }
+}
+
+// to (columns, rows) = from (rows, columns) transposed.
+template <typename Acc, typename T>
+inline void transpose(
+    int64_t rows, int64_t columns, const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
+  constexpr int64_t block = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += block) {
+    const int64_t i1 = smaller(i0 + block, rows);
+    for (int64_t j0 = 0; j0 < columns; j0 += block) {
+      const int64_t j1 = smaller(j0 + block, columns);
+#if defined(__AVX512F__)
+      if constexpr (is_float<Acc> && is_float<T>) {
+        if (i1 - i0 == block && j1 - j0 == block) {
+          transpose_block(
+              from + i0 * from_stride + j0, from_stride, to + j0 * to_stride + i0, to_stride);
+          continue;
+        }
+      }
+#endif
+      for (int64_t i = i0; i < i1; ++i) {
+        for (int64_t j = j0; j < j1; ++j)
+          to[j * to_stride + i] = widened(from[i * from_stride + j]);
+      }
+    }
+  }
+}
+
+}  // namespace dsnet::cpu::DSNET_CPU_ARCH

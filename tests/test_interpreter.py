@@ -1,0 +1,46 @@
+"""The tests of operations once more with Triton's interpreter in place of a GPU."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import CASES
+
+TESTS = Path(__file__).parent
+
+
+def files() -> list[Path]:
+    """Those that know variants, and what an operation has of its own for the interpreter."""
+    own = [TESTS / f"test_{case.name}.py" for case in CASES]
+    interpreted = sorted((TESTS / "interpreter").glob("[a-z]*.py"))
+    shared = [TESTS / "test_operations.py", TESTS / "test_operations_torch.py"]
+    return [*shared, *(path for path in own if path.exists()), *interpreted]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_operations_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files())],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": "1",
+        },
+        # Not the repository: its sources must not hide an installed package.
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 100
+    # What only compiled kernels can show, such as a thousand repeats, has no variant to run on.
+    skipped = re.findall(r"^SKIPPED.*", done.stdout, re.MULTILINE)
+    assert all("got empty parameter set" in line for line in skipped), skipped
