@@ -72,15 +72,17 @@ def global_attention_few_grad(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     b_s = tl.where(m_t[:, None] & m_t[None, :], b_s, float("-inf"))
     b_p = exp_logits(b_s, b_lse[:, None], scale, b_v.dtype)
-    b_p *= tl.where(m_t, 1 / tl.sum(b_p, 1), 0.0)[:, None]
     b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
-    b_kept = b_p
     if seed is not None:
         b_keep = keep_mask(seed, i_image, i_head, 0, 0, threshold, BLOCK_T, BLOCK_T)
         b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+    b_sum = tl.where(m_t, tl.sum(b_p, 1), 1.0)
+    b_delta = tl.div_rn(tl.sum(b_p * b_dp, 1), b_sum)
+    b_p *= (1 / b_sum)[:, None]
+    b_kept = b_p
+    if seed is not None:
         b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
     b_dv = tl.dot(tl.trans(b_kept.to(b_v.dtype)), b_grad, input_precision="ieee")
-    b_delta = tl.sum(b_p * b_dp, 1)
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
     b_dq = tl.dot(b_ds, b_k, input_precision="ieee") * scale
     b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision="ieee") * scale
@@ -157,8 +159,9 @@ def global_attention_many_grad_q(
                     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
                     b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
         if PASS == 0:
-            b_inverse = tl.where(o_t < tokens, 1 / b_sum, 0.0)
-            b_delta *= b_inverse
+            b_sum = tl.where(o_t < tokens, b_sum, 1.0)
+            b_delta = tl.div_rn(b_delta, b_sum)
+            b_inverse = 1 / b_sum
 
     p_delta = statistics + i_group * 2 * tokens + o_t
     tl.store(p_delta, b_delta, mask=o_t < tokens)
