@@ -77,13 +77,16 @@ def global_attention_few_grad(
         b_keep = keep_mask(seed, i_image, i_head, 0, 0, threshold, BLOCK_T, BLOCK_T)
         b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
     b_sum = tl.where(m_t, tl.sum(b_p, 1), 1.0)
-    b_delta = tl.div_rn(tl.sum(b_p * b_dp, 1), b_sum)
+    b_dp -= tl.div_rn(tl.sum(b_p * b_dp, 1), b_sum)[:, None]
+    if b_v.dtype.primitive_bitwidth == 32:
+        # What the rounding of delta left of the row's sum.
+        b_dp -= tl.div_rn(tl.sum(b_p * b_dp, 1), b_sum)[:, None]
     b_p *= (1 / b_sum)[:, None]
     b_kept = b_p
     if seed is not None:
         b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
     b_dv = tl.dot(tl.trans(b_kept.to(b_v.dtype)), b_grad, input_precision="ieee")
-    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_v.dtype)
+    b_ds = (b_p * b_dp).to(b_v.dtype)
     b_dq = tl.dot(b_ds, b_k, input_precision="ieee") * scale
     b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision="ieee") * scale
 
