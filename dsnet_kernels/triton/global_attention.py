@@ -50,11 +50,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": False,
-        }
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def __call__(self, *args: Any) -> None:
         self.kernel[(self.programs,)](*args, **self.constants, **self.options)
