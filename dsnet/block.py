@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import dsnet_kernels as kernels
 
@@ -263,19 +264,22 @@ class DSBlock(nn.Module):
             (B, C, H, W); the local stream (B, Cl, H, W); the global stream (B, Cg, Hg, Wg).
         """
         x = self.position(x)
-        y = self.split(self.norm(x))
-        y_global, local = y.split([self.global_dim, self.local_dim], dim=1)
+        z = self.norm(x)
         grid = self.global_grid(*x.shape[2:])
-
         if self.local_conv is not None:
-            local = self.local_conv(local)
+            local = self.local_conv(self._split_rows(z, self.global_dim, self.dim))
+        else:
+            local = z[:, :0]
+        # The global stream reads its rows of the split through the downsample alone, with which a
+        # 1×1 convolution commutes: both run on the coarse grid.
+        coarse = self._downsample(z, grid)
         if self.attention is not None:
-            tokens = self.attention(_to_tokens(self._downsample(y_global, grid)))
+            tokens = self.attention(_to_tokens(self._split_rows(coarse, 0, self.global_dim)))
             if self.co_attention is not None:
                 local, tokens = self.co_attention(local, tokens)
             global_ = tokens.transpose(1, 2).unflatten(2, grid)
         else:
-            global_ = y_global.new_empty((*y_global.shape[:2], *grid))
+            global_ = coarse[:, :0]
 
         x = kernels.upsample_concat(
             local,
@@ -288,12 +292,17 @@ class DSBlock(nn.Module):
         )
         return self.mlp(x, self.drop_path(x)), local, global_
 
+    def _split_rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Channels [first, last) of the split of x."""
+        weight, bias = self.split.weight[first:last], self.split.bias[first:last]
+        return functional.conv2d(x, weight, bias)
+
     def _downsample(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Bilinear to ``grid`` without antialiasing."""
         # Not a comparison of shapes, which would pin the size of an exported network.
         if self.global_reduction == 1:
             return x
-        return nn.functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+        return functional.interpolate(x, size=grid, mode="bilinear", align_corners=False)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Arithmetic of a network, counted from the operations that it runs."""
+"""Arithmetic of a network, counted from the operations that it runs and those that it saves."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsnet_kernels as kernels
 
+from .block import DSBlock
 from .model import DSNet
 
 
@@ -24,6 +25,26 @@ def count_macs(model: DSNet, size: int = 224) -> int:
     dtype = next(model.parameters()).dtype
     image = torch.empty(1, model.in_chans, size, size, device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), kernels.backend("reference"), counter:
-        torch.func.functional_call(model, shapes, (image,))
-    return counter.get_total_flops() // 2
+    saved = []
+
+    def add_saved(block: DSBlock, inputs: tuple[torch.Tensor]) -> None:
+        # The equations split at full resolution, the block runs the global half on its coarse grid.
+        rows, columns = inputs[0].shape[2:]
+        coarse_rows, coarse_columns = block.global_grid(rows, columns)
+        pixels = rows * columns - coarse_rows * coarse_columns
+        saved.append(pixels * block.dim * block.global_dim)
+
+    hooks = [
+        block.position.register_forward_pre_hook(
+            lambda _, inputs, block=block: add_saved(block, inputs)
+        )
+        for block in model.modules()
+        if isinstance(block, DSBlock)
+    ]
+    try:
+        with torch.no_grad(), kernels.backend("reference"), counter:
+            torch.func.functional_call(model, shapes, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2 + sum(saved)

@@ -157,7 +157,7 @@ def test_gradient_checkpointing_changes_no_output_and_no_gradient():
         model = small(drop_path_rate=0.3, attn_drop_rate=0.1).train()
         model.set_grad_checkpointing(enable)
         calls = []
-        model.stages[2].blocks[1].split.register_forward_hook(lambda *a, c=calls: c.append(1))
+        model.stages[2].blocks[1].position.register_forward_hook(lambda *a, c=calls: c.append(1))
         torch.manual_seed(0)
         out = model(x)
         out.square().sum().backward()
