@@ -89,21 +89,7 @@ for _name in (NATIVE, TRITON):
     )
 
 
-def _triton(*args):
-    from .triton import depthwise_conv3x3 as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward(*args):
-    from .triton import depthwise_conv3x3 as kernels
-
-    return kernels.backward(*args)
-
-
-for _key in ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",):
-    native.LIBRARY.impl(TRITON, _triton, _key)
-    native.LIBRARY.impl(f"{TRITON}_backward", _triton_backward, _key)
+triton.implement("depthwise_conv3x3")
 
 
 class _DepthwiseConv3x3(torch.autograd.Function):

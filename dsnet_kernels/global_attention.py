@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, native, operators
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import common
 from .reference import global_attention as reference
@@ -48,6 +48,10 @@ def _cuda_can_run(x: Tensor, **options) -> str | None:
     return native.gpu_refusal(x.get_device()) or _head_dim_refusal(x, **options)
 
 
+def _triton_can_run(x: Tensor, **options) -> str | None:
+    return triton.can_run(x) or _head_dim_refusal(x, **options)
+
+
 def _sdpa_can_run(x: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -58,8 +62,18 @@ OPERATION = register(
     Operation(
         "global_attention",
         tensors=("x",),
-        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal, "sdpa": lambda: None},
-        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
+            "cuda": native.cuda_refusal,
+            "sdpa": lambda: None,
+        },
+        can_run={
+            "cpu": _cpu_can_run,
+            "triton": _triton_can_run,
+            "cuda": _cuda_can_run,
+            "sdpa": _sdpa_can_run,
+        },
     )
 )
 
@@ -96,6 +110,9 @@ for _name in (NATIVE, TRITON):
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("global_attention")
 
 
 class _GlobalAttention(torch.autograd.Function):

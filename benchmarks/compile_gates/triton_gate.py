@@ -8,11 +8,13 @@ versions of Triton or ptxas other than the table's, more registers are reported 
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from dsnet_kernels.triton import depthwise_conv3x3 as depthwise
+from dsnet_kernels.triton import global_attention as attention
 
 TABLE = Path(__file__).with_name("triton.json")
 ARCHITECTURES = (80, 90, 100)
@@ -30,15 +33,19 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESOURCES = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": "LOCAL"}
 
+ATTENTION_SIZES = {"tokens", "threshold", "rows", "slots"}
+FLOATS = ("eps", "scale", "keep_scale")
+
 Resources = dict[str, int]
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of a kernel as a call compiles it; every other argument is a 32-bit integer.
+    """One variant of a kernel as a call compiles it.
 
-    Pointers are aligned to 16 bytes, as torch allocates, but those in ``unaligned``.
+    An argument is a pointer, a constant, one of FLOATS, or else a 32-bit integer. Pointers are
+    aligned to 16 bytes, as torch allocates, but those in ``unaligned``.
     """
 
     name: str
@@ -63,6 +70,54 @@ def cases() -> Iterator[Case]:
         depthwise.SUM_BLOCK,
         depthwise.OPTIONS,
     )
+    for dtype, kind in TYPES.items():
+        yield from _attention(dtype, kind, heads=8)
+    for heads in (1, 5):
+        yield from _attention(torch.bfloat16, "bf16", heads, only="attention_few")
+    yield from _attention(torch.bfloat16, "bf16", heads=2, dropout=True, only="attention_many")
+
+
+def _attention(
+    dtype: torch.dtype,
+    kind: str,
+    heads: int,
+    dropout: bool = False,
+    only: str = "",
+) -> Iterator[Case]:
+    """What 64 images of 49 tokens take, and two of 1025, with heads of 32 channels.
+
+    ``only`` is part of the names of the kernels.
+    """
+    width = 32 * heads
+    few, many = (
+        attention.Problem(batch, tokens, width, heads, dtype)
+        for batch, tokens in ((64, 49), (2, 1025))
+    )
+    grad_weight, slots = attention.grad_weight_launch(few)
+    launches = [
+        attention.few_launch(few, attention.global_attention_few),
+        attention.few_launch(few, attention.global_attention_few_grad),
+        attention.project_launch(many),
+        *attention.many_launches(many).values(),
+        attention.grad_x_launch(few),
+        grad_weight,
+        attention.sum_slots_launch(few, slots)[0],
+    ]
+    pointers = dict.fromkeys(("grad", "x", "out", "qkv", "grad_qkv", "grad_x"), kind)
+    pointers |= {"seed": "i64"} if dropout else {}
+    for launch in launches:
+        name = launch.kernel.fn.__name__
+        if only not in name:
+            continue
+        constants = launch.constants | ({} if dropout else {"seed": None})
+        others = set(launch.kernel.arg_names) - constants.keys() - set(FLOATS) - ATTENTION_SIZES
+        yield Case(
+            f"{name} {kind} C={width}{' dropout' if dropout else ''}",
+            launch.kernel,
+            {argument: pointers.get(argument, "fp32") for argument in others},
+            {key: value for key, value in constants.items() if key in launch.kernel.arg_names},
+            launch.options,
+        )
 
 
 def _depthwise(
@@ -112,6 +167,8 @@ def compile_case(case: Case, architecture: int) -> CompiledKernel:
         if name in case.constants
         else f"*{case.pointers[name]}"
         if name in case.pointers
+        else "fp32"
+        if name in FLOATS
         else "i32"
         for name in case.kernel.arg_names
     }
@@ -160,15 +217,24 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": re.search(r"V([\d.]+)", text)[1]}
 
 
+def _measure_one(i_case: int, architecture: int) -> Resources:
+    """Of the case with this place in ``cases``: kernels do not travel between processes."""
+    return measure(list(cases())[i_case], architecture)
+
+
 def measure_all() -> Report:
-    """``versions`` and ``kernels``: name → architecture → resources."""
-    return {
-        "versions": versions(),
-        "kernels": {
-            case.name: {f"sm_{arch}": measure(case, arch) for arch in ARCHITECTURES}
-            for case in cases()
-        },
-    }
+    """``versions`` and ``kernels``: name → architecture → resources; two compilers at a time."""
+    names = [case.name for case in cases()]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = {
+            name: {f"sm_{arch}": pool.submit(_measure_one, i, arch) for arch in ARCHITECTURES}
+            for i, name in enumerate(names)
+        }
+        kernels = {
+            name: {arch: future.result() for arch, future in by_architecture.items()}
+            for name, by_architecture in found.items()
+        }
+    return {"versions": versions(), "kernels": kernels}
 
 
 def compare(table: Report, found: Report) -> tuple[list[str], list[str]]:

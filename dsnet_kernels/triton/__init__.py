@@ -46,3 +46,18 @@ def can_run(x: Tensor) -> str | None:
         return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
     reason = None if INTERPRETED else native.gpu_refusal(x.get_device())
     return import_refusal() if reason is None else reason
+
+
+def implement(operation: str) -> None:
+    """Gives ``<operation>_triton`` and its backward the kernels of ``triton/<operation>.py``.
+
+    The file is imported at the first call.
+    """
+
+    def kernels():
+        return importlib.import_module(f".{operation}", __name__)
+
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        name = f"{operation}_triton"
+        native.LIBRARY.impl(name, lambda *args: kernels().forward(*args), key)
+        native.LIBRARY.impl(f"{name}_backward", lambda *args: kernels().backward(*args), key)
