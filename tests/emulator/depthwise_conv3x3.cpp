@@ -19,26 +19,27 @@ T* at(uintptr_t address) {
 PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
   emulator::bind(m);
 
-  py::enum_<Storage>(m, "Storage")
+  py::enum_<Storage>(m, "Storage", py::module_local())
       .value("float32", Storage::float32)
       .value("bfloat16", Storage::bfloat16)
       .value("float16", Storage::float16);
 
-  py::class_<Pixels>(m, "Pixels")
+  py::class_<Pixels>(m, "Pixels", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch, int64_t row, int64_t column) {
         return Pixels{at<void>(data), batch, row, column};
       }));
-  py::class_<Parameter>(m, "Parameter").def(py::init([](uintptr_t data, bool is_float32) {
-    return Parameter{at<void>(data), is_float32};
-  }));
-  py::class_<DepthwiseShape>(m, "Shape").def(py::init<int64_t, int64_t, int64_t, int64_t>());
+  py::class_<Parameter>(m, "Parameter", py::module_local())
+      .def(py::init(
+          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
+  py::class_<DepthwiseShape>(m, "Shape", py::module_local())
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>());
 
-  py::class_<DepthwiseForward>(m, "Forward")
+  py::class_<DepthwiseForward>(m, "Forward", py::module_local())
       .def(py::init([](DepthwiseShape shape, Pixels x, Parameter weight, Parameter bias,
                         Parameter scale, Parameter shift, bool residual, uintptr_t out) {
         return DepthwiseForward{shape, x, weight, bias, scale, shift, residual, at<void>(out)};
       }));
-  py::class_<DepthwiseBackward>(m, "Backward")
+  py::class_<DepthwiseBackward>(m, "Backward", py::module_local())
       .def(py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight,
                         Parameter scale, Parameter shift, bool residual, uintptr_t grad_x,
                         uintptr_t partials, uintptr_t rows) {
@@ -46,7 +47,7 @@ PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
             at<float>(partials), at<float>(rows)};
       }));
 
-  py::class_<DepthwiseLaunch>(m, "Launch")
+  py::class_<DepthwiseLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("threads", &DepthwiseLaunch::threads)
       .def_readonly("pack", &DepthwiseLaunch::pack)
       .def_readonly("threads_x", &DepthwiseLaunch::threads_x)

@@ -19,31 +19,31 @@ T* at(uintptr_t address) {
 PYBIND11_MODULE(emulator_global_attention, m) {
   emulator::bind(m);
 
-  py::enum_<Storage>(m, "Storage")
+  py::enum_<Storage>(m, "Storage", py::module_local())
       .value("float32", Storage::float32)
       .value("bfloat16", Storage::bfloat16)
       .value("float16", Storage::float16);
 
-  py::class_<Parameter>(m, "Parameter").def(py::init([](uintptr_t data, bool is_float32) {
-    return Parameter{at<void>(data), is_float32};
-  }));
-  py::class_<AttentionShape>(m, "Shape")
+  py::class_<Parameter>(m, "Parameter", py::module_local())
+      .def(py::init(
+          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
+  py::class_<AttentionShape>(m, "Shape", py::module_local())
       .def(py::init([](int64_t batch, int64_t tokens, int64_t width, int64_t heads) {
         return AttentionShape{batch, tokens, heads, width / heads};
       }));
-  py::class_<AttentionInputs>(m, "Inputs")
+  py::class_<AttentionInputs>(m, "Inputs", py::module_local())
       .def(
           py::init([](uintptr_t x, Parameter norm_weight, Parameter norm_bias, uintptr_t qkv_weight,
                        Parameter qkv_bias, double eps, double dropout_p, uintptr_t seed) {
             return AttentionInputs{at<void>(x), norm_weight, norm_bias, at<void>(qkv_weight),
                 qkv_bias, static_cast<float>(eps), dropout_of(dropout_p, at<int64_t>(seed))};
           }));
-  py::class_<AttentionForward>(m, "Forward")
+  py::class_<AttentionForward>(m, "Forward", py::module_local())
       .def(py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t out, uintptr_t lse,
                         uintptr_t qkv) {
         return AttentionForward{shape, inputs, at<void>(out), at<float>(lse), at<void>(qkv)};
       }));
-  py::class_<AttentionBackward>(m, "Backward")
+  py::class_<AttentionBackward>(m, "Backward", py::module_local())
       .def(py::init(
           [](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
               uintptr_t qkv, uintptr_t normalized, uintptr_t statistics, uintptr_t row_sums,
@@ -58,7 +58,7 @@ PYBIND11_MODULE(emulator_global_attention, m) {
         args.grad_normalized = at<void>(address);
       });
 
-  py::class_<AttentionLaunch>(m, "Launch")
+  py::class_<AttentionLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("block_rows", &AttentionLaunch::block_rows)
       .def_readonly_static("block_columns", &AttentionLaunch::block_columns)
       .def_readwrite("fused", &AttentionLaunch::fused)
