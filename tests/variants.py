@@ -23,6 +23,9 @@ DTYPES = {
 }
 """In what a backend computes."""
 
+ADDED_BY = {"avx512_bf16": ("global_attention",)}
+"""Operations with kernels of their own for an instruction set; the others run the one below's."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -97,7 +100,8 @@ def variants(operation: str) -> list[Variant]:
     if "cpu" in present:
         introspection, _ = native.introspection()
         for capability in introspection.cpu_capabilities():
-            found.append(Variant(operation, "cpu", capability))
+            if operation in ADDED_BY.get(capability, (operation,)):
+                found.append(Variant(operation, "cpu", capability))
     if torch.cuda.is_available():
         found += [variant for variant in gpu_variants(operation) if variant.backend in present]
     elif "cuda" in OPERATIONS[operation].present:

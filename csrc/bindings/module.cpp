@@ -61,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cpu_capability", [] { return cpu::name(cpu::capability()); },
-      "The instruction set in use: 'generic', 'avx2' or 'avx512'.");
+      "The instruction set in use: 'generic', 'avx2', 'avx512' or 'avx512_bf16'.");
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"),
       "Replaces the instruction set in use. ValueError if it is unknown or not on this CPU.");
   m.def(

@@ -11,6 +11,7 @@ const char* name(Capability capability) {
     case Capability::generic: return "generic";
     case Capability::avx2: return "avx2";
     case Capability::avx512: return "avx512";
+    case Capability::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
@@ -24,6 +25,7 @@ std::vector<Capability> capabilities() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(Capability::avx512);
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(Capability::avx512_bf16);
     }
   }
 #endif

@@ -9,7 +9,7 @@
 
 namespace dsnet::cpu {
 
-enum class Capability { generic, avx2, avx512 };
+enum class Capability { generic, avx2, avx512, avx512_bf16 };
 
 // Name as DSNET_CPU_CAPABILITY and the Python side spell it.
 DSNET_EXPORT const char* name(Capability capability);

@@ -30,7 +30,7 @@ DepthwiseTasks::DepthwiseTasks(const DepthwiseShape& shape) {
 
 DepthwiseForwardKernel depthwise_forward(Capability capability, Storage storage) {
 #ifdef DSNET_X86
-  if (capability == Capability::avx512) return avx512::depthwise_forward(storage);
+  if (capability >= Capability::avx512) return avx512::depthwise_forward(storage);
   if (capability == Capability::avx2) return avx2::depthwise_forward(storage);
 #endif
   return generic::depthwise_forward(storage);
@@ -38,7 +38,7 @@ DepthwiseForwardKernel depthwise_forward(Capability capability, Storage storage)
 
 DepthwiseBackwardKernel depthwise_backward(Capability capability, Storage storage) {
 #ifdef DSNET_X86
-  if (capability == Capability::avx512) return avx512::depthwise_backward(storage);
+  if (capability >= Capability::avx512) return avx512::depthwise_backward(storage);
   if (capability == Capability::avx2) return avx2::depthwise_backward(storage);
 #endif
   return generic::depthwise_backward(storage);

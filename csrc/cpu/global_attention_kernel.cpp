@@ -24,6 +24,8 @@ void attend_rows(const Call<T>& call, const AttentionForward& args, int64_t imag
   Acc* maxima = scratch.take(Layout::query_block);
   Acc* totals = scratch.take(Layout::query_block);
   constexpr Acc infinity = static_cast<Acc>(__builtin_inf());
+  using Product = typename Products<T>::type;
+  const int64_t value_stride = Products<T>::pairs ? 2 * layout.head : layout.head;
   const int64_t offset = (image * M + begin) * C + head * d;
   const T* x = static_cast<const T*>(args.x) + offset;
   T* out = static_cast<T*>(args.out) + offset;
@@ -35,8 +37,9 @@ void attend_rows(const Call<T>& call, const AttentionForward& args, int64_t imag
   for (int64_t first = 0; first < M; first += Layout::key_block) {
     const int64_t count = smaller(Layout::key_block, M - first);
     const int64_t columns = Layout::padded(count);
-    multiply<false, V>(rows, columns, d, {qkv + begin * layout.head, layout.head},
-        {keys + first, layout.keys}, {nullptr, 0}, {scores, Layout::key_block});
+    multiply<false, V, Product>(rows, columns, depth_of<T>(d),
+        {qkv + begin * layout.head, layout.head}, {keys + first, layout.keys}, {nullptr, 0},
+        {scores, Layout::key_block});
     // One pass after the other, since within a row each waits for the one before.
     for (int64_t i = 0; i < rows; ++i) {
       Acc* row = scores + i * Layout::key_block;
@@ -67,8 +70,11 @@ void attend_rows(const Call<T>& call, const AttentionForward& args, int64_t imag
         drop(dropout, image, head, begin + i, first, count, row);
       }
     }
-    multiply<false, V>(rows, layout.dim, count, {scores, Layout::key_block},
-        {qkv + first * layout.head + 2 * d, layout.head}, {nullptr, 0},
+    if constexpr (Products<T>::pairs) {
+      for (int64_t i = 0; i < rows; ++i) pair_columns(scores + i * Layout::key_block, columns);
+    }
+    multiply<false, V, Product>(rows, layout.dim, depth_of<T>(count), {scores, Layout::key_block},
+        {qkv + first * layout.head + 2 * d, value_stride}, {nullptr, 0},
         {first > 0 ? part : sums, layout.dim});
     if (first == 0) continue;
     for (int64_t i = 0; i < rows; ++i) {
@@ -110,7 +116,8 @@ void few(const AttentionForward& args, void* memory, int64_t begin, int64_t end)
     if (image != normalised) normalise_tokens(call, image, 0, M, y);
     normalised = image;
     project_head(call, head, M, y, qkv);
-    transpose(M, args.shape.head_dim, qkv + args.shape.head_dim, layout.head, keys, layout.keys);
+    const int64_t d = args.shape.head_dim;
+    transpose(M, depth_of<T>(d), qkv + d, layout.head, keys, layout.keys);
     for (int64_t i = 0; i < M; i += AttentionLayout::query_block) {
       const int64_t last = smaller(i + AttentionLayout::query_block, M);
       attend_rows(call, args, image, head, i, last, qkv, keys, scratch);

@@ -10,6 +10,27 @@ namespace dsnet::cpu::DSNET_CPU_ARCH {
 template <typename T>
 using AccumulatorOf = typename Register<T>::type::Acc;
 
+// How the forward's products are formed. With pairs, the rows of each product's operands are pairs
+// of bfloat16 in the same memory, half as long (the left) or half as many (the right).
+template <typename T>
+struct Products {
+  static constexpr bool pairs = false;
+  using type = Values;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<bfloat16> {
+  static constexpr bool pairs = true;
+  using type = Pairs;
+};
+#endif
+
+// Terms of a sum of n.
+template <typename T>
+constexpr int64_t depth_of(int64_t n) {
+  return Products<T>::pairs ? (n + 1) / 2 : n;
+}
+
 // A call's memory with its types.
 template <typename T>
 struct Call {
@@ -56,12 +77,13 @@ Acc value_at(const Parameter& parameter, int64_t i) {
 
 // Task h packs the norm, task `head` the weights of that head.
 template <typename T>
-void pack(const AttentionProjection& args, void*, int64_t begin, int64_t end) {
+void pack(const AttentionProjection& args, void* memory, int64_t begin, int64_t end) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
   const Call<T> call(args);
   const AttentionShape& shape = args.shape;
   const int64_t C = shape.width(), d = shape.head_dim, stride = call.layout.head;
+  const int64_t depth = depth_of<T>(C);
   for (int64_t task = begin; task < end; ++task) {
     if (task == shape.heads) {
       Acc* weight = call.packed();
@@ -84,23 +106,38 @@ void pack(const AttentionProjection& args, void*, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < columns;) {
         const int64_t column = first + j;
         if (column >= 3 * d) {
-          for (int64_t k = 0; k < C; ++k) {
+          for (int64_t k = 0; k < depth; ++k) {
             for (int64_t i = j; i < columns; ++i) panel[k * columns + i] = 0;
           }
           break;
         }
         const int64_t run = smaller(columns - j, d - column % d);
         const int64_t offset = source_row(column) * C;
-        if (args.qkv_weight.is_accumulator) {
-          transpose(run, C, static_cast<const Acc*>(args.qkv_weight.data) + offset, C, panel + j,
-              columns);
+        if (!args.qkv_weight.is_accumulator) {
+          const T* rows = static_cast<const T*>(args.qkv_weight.data) + offset;
+          if constexpr (Products<T>::pairs) {
+            // Rows of bfloat16 are rows of pairs.
+            const float* words = reinterpret_cast<const float*>(rows);
+            transpose(run, C / 2, words, C / 2, panel + j, columns);
+          } else {
+            transpose(run, C, rows, C, panel + j, columns);
+          }
         } else {
-          transpose(
-              run, C, static_cast<const T*>(args.qkv_weight.data) + offset, C, panel + j, columns);
+          const Acc* rows = static_cast<const Acc*>(args.qkv_weight.data) + offset;
+          if constexpr (Products<T>::pairs) {
+            Acc* row = static_cast<Acc*>(memory);
+            for (int64_t i = 0; i < run; ++i) {
+              copy_columns(1, C, rows + i * C, C, row, C);
+              pair_columns(row, C);
+              for (int64_t k = 0; k < C / 2; ++k) panel[k * columns + j + i] = row[k];
+            }
+          } else {
+            transpose(run, C, rows, C, panel + j, columns);
+          }
         }
         j += run;
       }
-      panel += C * columns;
+      panel += depth * columns;
     }
   }
 }
@@ -122,6 +159,7 @@ void normalise_tokens(const Call<T>& call, int64_t image, int64_t first, int64_t
     moments_of<V, R>(x + i * C, C, C, static_cast<Acc>(call.args.eps), moments);
     for (int r = 0; r < R; ++r) {
       normalise<V>(x + (i + r) * C, C, stride, moments[r], weight, bias, y + (i + r) * stride);
+      if constexpr (Products<T>::pairs) pair_columns(y + (i + r) * stride, C);
       if (kept != nullptr) kept[i + r] = moments[r];
     }
   };
@@ -130,20 +168,33 @@ void normalise_tokens(const Call<T>& call, int64_t image, int64_t first, int64_t
   for (; i < count; ++i) tokens(Constant<1>{}, i);
 }
 
-// [Q, K, V] of one head for `count` normalised tokens.
+// [Q, K, V] of one head for `count` normalised tokens, an even number but for the last.
 template <typename T>
 void project_head(const Call<T>& call, int64_t head, int64_t count, const AccumulatorOf<T>* y,
     AccumulatorOf<T>* qkv) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
-  const int64_t C = call.shape.width(), stride = call.layout.head;
+  const int64_t depth = depth_of<T>(call.shape.width()), stride = call.layout.head;
   const Acc* bias = call.packed_head(head);
   const Acc* panel = bias + stride;
   for (int64_t first = 0; first < stride; first += tile_columns<V>) {
     const int64_t columns = smaller(tile_columns<V>, stride - first);
-    multiply<false, V>(count, columns, C, {y, call.layout.width}, {panel, columns},
-        {bias + first, 0}, {qkv + first, stride});
-    panel += C * columns;
+    multiply<false, V, typename Products<T>::type>(count, columns, depth, {y, call.layout.width},
+        {panel, columns}, {bias + first, 0}, {qkv + first, stride});
+    panel += depth * columns;
+  }
+  if constexpr (Products<T>::pairs) {
+    // Along the channels of Q and K, along the tokens of V.
+    const int64_t d = call.shape.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      Acc* row = qkv + i * stride;
+      pair_columns(row, d);
+      pair_columns(row + d, d);
+      if (i % 2 == 0) {
+        Acc* next = i + 1 < count ? row + stride + 2 * d : nullptr;
+        pair_rows(row + 2 * d, next, call.layout.dim);
+      }
+    }
   }
 }
 
@@ -198,7 +249,8 @@ void project(const AttentionProjection& args, void* memory, int64_t begin, int64
       for (int part = 1; part < (args.values == nullptr ? 2 : 3); ++part) {
         void* all = part == 1 ? args.keys : args.values;
         Acc* transposed = transposed_of(call, all, image, head);
-        transpose(count, d, qkv + part * d, layout.head, transposed + first, layout.keys);
+        transpose(
+            count, depth_of<T>(d), qkv + part * d, layout.head, transposed + first, layout.keys);
         if (first + count == M) clear_padding(call, transposed);
       }
     }

@@ -34,9 +34,28 @@ struct Matrix {
 template <typename Acc>
 using Start = Matrix<const Acc>;
 
+// What a tile adds up: products of values, or of pairs of bfloat16 in the words of floats, each
+// word of A with the same word of B.
+struct Values {
+  template <typename V>
+  static V add_product(V a, V b, V sum) {
+    return fma(a, b, sum);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static VecF32 add_product(VecF32 a, VecF32 b, VecF32 sum) {
+    return {
+        _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+};
+#endif
+
 namespace detail {
 
-template <bool transposed, typename V, int R, int N, typename Acc = typename V::Acc>
+template <bool transposed, typename Product, typename V, int R, int N,
+    typename Acc = typename V::Acc>
 inline void multiply_tile(
     Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
   // Unrolled in the source, or the sums would pass through memory before and after the loop.
@@ -68,7 +87,7 @@ inline void multiply_tile(
     for (int i = 0; i < R; ++i) {
       const V value = V::fill(transposed ? a.data[k * a.stride + i] : a.data[i * a.stride + k]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) sums[i][j] = fma(value, in[j], sums[i][j]);
+      for (int j = 0; j < N; ++j) sums[i][j] = Product::add_product(value, in[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -79,25 +98,26 @@ inline void multiply_tile(
 }
 
 // The rows left below R.
-template <bool transposed, typename V, int R, int N, typename Acc = typename V::Acc>
+template <bool transposed, typename Product, typename V, int R, int N,
+    typename Acc = typename V::Acc>
 inline void multiply_rest(int64_t rows, Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth,
     Start<Acc> start, Matrix<Acc> c) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_tile<transposed, V, R, N>(a, b, depth, start, c);
-    multiply_rest<transposed, V, R - 1, N>(rows, a, b, depth, start, c);
+    if (rows == R) return multiply_tile<transposed, Product, V, R, N>(a, b, depth, start, c);
+    multiply_rest<transposed, Product, V, R - 1, N>(rows, a, b, depth, start, c);
   }
 }
 
-template <bool transposed, typename V, int N, typename Acc = typename V::Acc>
+template <bool transposed, typename Product, typename V, int N, typename Acc = typename V::Acc>
 __attribute__((noinline)) void multiply_columns(int64_t rows, Matrix<const Acc> a,
     Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
   for (; rows >= tile_rows; rows -= tile_rows) {
-    multiply_tile<transposed, V, tile_rows, N>(a, b, depth, start, c);
+    multiply_tile<transposed, Product, V, tile_rows, N>(a, b, depth, start, c);
     a.data += transposed ? tile_rows : tile_rows * a.stride;
     if (start.data != nullptr) start.data += tile_rows * start.stride;
     c.data += tile_rows * c.stride;
   }
-  multiply_rest<transposed, V, tile_rows - 1, N>(rows, a, b, depth, start, c);
+  multiply_rest<transposed, Product, V, tile_rows - 1, N>(rows, a, b, depth, start, c);
 }
 
 }  // namespace detail
@@ -105,7 +125,7 @@ __attribute__((noinline)) void multiply_columns(int64_t rows, Matrix<const Acc> 
 // c = start + a · b for a (rows, depth), b (depth, columns), with a's columns as rows if
 // transposed. Columns are whole registers. Each element is summed along depth in order, whatever
 // the tiles.
-template <bool transposed, typename V, typename Acc = typename V::Acc>
+template <bool transposed, typename V, typename Product = Values, typename Acc = typename V::Acc>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
     Matrix<const Acc> b, Start<Acc> start, Matrix<Acc> c) {
   int64_t registers;
@@ -117,14 +137,43 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix<const 
     const int64_t left = (columns - j) / V::size;
     registers = left == 4 ? 2 : smaller(left, tile_registers);
     if (registers == tile_registers) {
-      detail::multiply_columns<transposed, V, tile_registers>(rows, a, part, depth, from, to);
+      detail::multiply_columns<transposed, Product, V, tile_registers>(
+          rows, a, part, depth, from, to);
     } else if (registers == 2) {
-      detail::multiply_columns<transposed, V, 2>(rows, a, part, depth, from, to);
+      detail::multiply_columns<transposed, Product, V, 2>(rows, a, part, depth, from, to);
     } else {
-      detail::multiply_columns<transposed, V, 1>(rows, a, part, depth, from, to);
+      detail::multiply_columns<transposed, Product, V, 1>(rows, a, part, depth, from, to);
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+
+// The first n values of a row, rounded and packed in pairs at its beginning; n is even.
+inline void pair_columns(float* row, int64_t n) {
+  for (int64_t j = 0; j < n; j += 32) {
+    const int64_t left = smaller(32, n - j), second = left > 16 ? left - 16 : 0;
+    const __m512 low = VecF32::load(row + j, smaller(16, left)).v;
+    const __m512 high = VecF32::load(row + j + 16, second).v;
+    const auto pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    _mm512_mask_storeu_epi32(row + j / 2, VecF32::first(left / 2), pairs);
+  }
+}
+
+// n columns of two rows, rounded and paired in the first; the second may be missing.
+inline void pair_rows(float* first, const float* second, int64_t n) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 low = _mm512_loadu_ps(first + j);
+    const __m512 high = second == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(second + j);
+    const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    // Word i takes halves i and 16 + i.
+    const __m512i lows = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+    const __m512i highs = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+    _mm512_storeu_si512(first + j, _mm512_or_si512(lows, _mm512_slli_epi32(highs, 16)));
+  }
+}
+
+#endif
 
 template <typename Acc>
 inline void copy_columns(int64_t rows, int64_t columns, const Acc* from, int64_t from_stride,

@@ -12,7 +12,7 @@
 #endif
 
 #ifndef DSNET_CPU_ARCH
-#error "define DSNET_CPU_ARCH to generic, avx2 or avx512"
+#error "define DSNET_CPU_ARCH to generic, avx2, avx512 or avx512_bf16"
 #endif
 
 namespace dsnet::cpu {
