@@ -16,11 +16,17 @@ struct alignas(64) Line {
   char bytes[64];
 };
 
-// Memory that a thread keeps between calls.
-void* scratch(int64_t bytes) {
-  thread_local std::vector<Line> lines;
+// Memory that a thread keeps between calls: fresh memory costs a page fault for every 4 KiB,
+// together as much as a kernel. Valid until the thread asks for more at the same place.
+void* kept_memory(size_t place, int64_t bytes) {
+  thread_local std::vector<std::vector<Line>> all;
+  if (all.size() <= place) all.resize(place + 1);
+  std::vector<Line>& lines = all[place];
   const size_t needed = static_cast<size_t>(bytes) / sizeof(Line) + 1;
-  if (lines.size() < needed) lines.resize(needed);
+  if (lines.size() < needed) {
+    lines.clear();
+    lines.resize(needed);
+  }
   return lines.data();
 }
 
@@ -50,11 +56,17 @@ class Call {
     return storage == cpu::Storage::float64 ? ScalarType::Double : ScalarType::Float;
   }
 
+  int64_t item() const { return storage == cpu::Storage::float64 ? 8 : 4; }
+
   // Accumulators of the caller or, with `held`, of this call.
   Tensor memory(std::initializer_list<int64_t> sizes) const {
     return torch::stable::empty(sizes, accumulator(), std::nullopt, x_.device());
   }
   void* held(std::initializer_list<int64_t> sizes) {
+    constexpr int64_t most_kept = 16 << 20;
+    int64_t bytes = item();
+    for (int64_t size : sizes) bytes *= size;
+    if (bytes <= most_kept) return kept_memory(++places_, bytes);
     held_.push_back(memory(sizes));
     return held_.back().mutable_data_ptr();
   }
@@ -78,9 +90,9 @@ class Call {
     // About 20 µs of work: less is not worth waking a thread.
     constexpr int64_t products_per_grain = 500000;
     const int64_t grain = std::max<int64_t>(1, products_per_grain / std::max<int64_t>(1, products));
-    const int64_t bytes = scratch_size * (storage == cpu::Storage::float64 ? 8 : 4);
+    const int64_t bytes = scratch_size * item();
     torch::stable::parallel_for(0, tasks, grain,
-        [&](int64_t begin, int64_t end) { step(args, scratch(bytes), begin, end); });
+        [&](int64_t begin, int64_t end) { step(args, kept_memory(0, bytes), begin, end); });
   }
 
   // Products of a token's projection to one head.
@@ -97,6 +109,7 @@ class Call {
   Tensor x_, norm_weight_, norm_bias_, qkv_weight_, qkv_bias_;
   double eps_;
   cpu::AttentionDropout dropout_;
+  size_t places_ = 0;  // The first is the steps' scratch memory.
   std::vector<Tensor> held_;
 };
 
