@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from cases import CASES
 
+import dsnet_kernels
+
 TESTS = Path(__file__).parent
+PACKAGES = str(Path(dsnet_kernels.__file__).parents[1])
 
 
 def files() -> list[Path]:
@@ -28,7 +31,8 @@ def test_operations_in_the_interpreter():
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # The package under test first: the repository is on the path too.
+            "PYTHONPATH": os.pathsep.join([PACKAGES, *(path for path in sys.path if path)]),
             "OMP_NUM_THREADS": "1",
         },
         # Not the repository: its sources must not hide an installed package.
