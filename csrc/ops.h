@@ -64,4 +64,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(
     double eps, double dropout_p, const std::optional<Tensor>& seed);
 // returns grad_x (B, M, C), and of the parameters in float32 or float64: (C), (C), (3·C, C), (3·C)
 
+// Fused: 1 affine and LayerNorm · 2 projections or their absorbed form · 3 attention in both
+// directions, dropout · 4 output projections · 5 residuals. One pass over the local tokens.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(
+    // inputs
+    const Tensor& local,                       // (B, N, Cl)
+    const Tensor& global_,                     // (B, M, Cg)
+    int64_t num_heads,                         // h
+    const Tensor& global_norm_weight,          // (Cg), local's dtype or float32
+    const Tensor& global_norm_bias,            // (Cg), likewise, as all that follow
+    const Tensor& local_qkv_weight,            // (3·dim, Cl); rows Q, K, V, then head, then channel
+    const Tensor& local_qkv_bias,              // (3·dim)
+    const Tensor& global_qkv_weight,           // (3·dim, Cg)
+    const Tensor& global_qkv_bias,             // (3·dim)
+    const Tensor& local_proj_weight,           // (Cl, dim)
+    const Tensor& local_proj_bias,             // (Cl)
+    const Tensor& global_proj_weight,          // (Cg, dim)
+    const Tensor& global_proj_bias,            // (Cg)
+    const std::optional<Tensor>& local_scale,  // (Cl); none is 1
+    const std::optional<Tensor>& local_shift,  // (Cl); none is 0
+    double eps, double dropout_p,
+    const std::optional<Tensor>& seed,  // () int64, with dropout_p above 0
+    std::optional<bool> absorbed);      // none: what has fewer products
+// returns (B, N, Cl), (B, M, Cg) and, in float32 or float64, of each softmax the maximum of its
+// scaled logits and the sum of exp(logit − maximum), (B, h, N, 2) and (B, h, M, 2), and what the
+// global queries attended to, heads concatenated, (B, M, dim)
+
+// Recomputes 1 to 4, then the gradients of all inputs. One pass over the local tokens.
+std::tuple<Tensor, Tensor, Tensor> co_attention_backward(
+    // gradients
+    const Tensor& grad_local,   // (B, N, Cl)
+    const Tensor& grad_global,  // (B, M, Cg)
+    // saved
+    const Tensor& local,           // (B, N, Cl)
+    const Tensor& global_,         // (B, M, Cg)
+    const Tensor& local_softmax,   // (B, h, N, 2)
+    const Tensor& global_softmax,  // (B, h, M, 2)
+    const Tensor& attended,        // (B, M, dim)
+    int64_t num_heads, const Tensor& global_norm_weight, const Tensor& global_norm_bias,
+    const Tensor& local_qkv_weight, const Tensor& local_qkv_bias, const Tensor& global_qkv_weight,
+    const Tensor& global_qkv_bias, const Tensor& local_proj_weight, const Tensor& local_proj_bias,
+    const Tensor& global_proj_weight, const Tensor& global_proj_bias,
+    const std::optional<Tensor>& local_scale, const std::optional<Tensor>& local_shift, double eps,
+    double dropout_p, const std::optional<Tensor>& seed, std::optional<bool> absorbed);
+// returns grad_local, grad_global and, in float32 or float64, one row of all parameters' gradients
+// in the order of the arguments, those of scale and shift last, given or not
+
+// Fused: 1 mixing of the global stream on its grid · 2 bilinear upsampling · 3 mixing of the local
+// stream · 4 bias · 5 factor of the image · 6 residual.
+Tensor upsample_concat(
+    // inputs
+    const Tensor& local,                         // (B, Cl, H, W)
+    const Tensor& global_,                       // (B, Cg, Hg, Wg)
+    const Tensor& weight,                        // (C, Cl + Cg), local's dtype or float32
+    const std::optional<Tensor>& bias,           // (C), likewise
+    const std::optional<Tensor>& residual,       // (B, C, H, W)
+    const std::optional<Tensor>& branch_scale);  // (B), local's dtype or float32
+                                                 // returns (B, C, H, W)
+
+// Fused: the gradients of both streams, of weight and bias; that of the residual is grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> upsample_concat_backward(
+    // gradients
+    const Tensor& grad,  // (B, C, H, W)
+    // saved
+    const Tensor& local,                         // (B, Cl, H, W)
+    const Tensor& global_,                       // (B, Cg, Hg, Wg)
+    const Tensor& weight,                        // (C, Cl + Cg)
+    const std::optional<Tensor>& branch_scale);  // (B)
+// returns grad_local, grad_global and, in float32 or float64, (C, Cl + Cg) and (C)
+
 }  // namespace dsnet

@@ -80,6 +80,13 @@ def heads(name: str, width: int, num_heads: int) -> None:
         raise ValueError(f"num_heads: expected a divisor of {name} = {width}, got {num_heads}")
 
 
+def head_dim_refusal(head_dim: int) -> str | None:
+    """Why kernels do not take heads of so many channels, or None."""
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        return f"the head dimension is {head_dim}; the kernel takes multiples of 8 up to 128"
+    return None
+
+
 def probability(name: str, value: float) -> None:
     """0 ≤ value < 1."""
     if not 0.0 <= value < 1.0:

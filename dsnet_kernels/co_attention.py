@@ -1,14 +1,184 @@
-"""Bidirectional co-attention between the local and the global stream."""
+"""Bidirectional co-attention between the local and the global stream.
+
+One pass over the local tokens serves both directions; the N×M weights never exist. The backward
+recomputes them from the saved maximum and sum of each softmax, again in one pass.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from . import checks
+from . import checks, operators
 from .backends import Operation, register, select
 from .reference import co_attention as reference
+from .reference.co_attention import co_attend
+from .reference.dropout import new_seed
 
-OPERATION = register(Operation("co_attention", tensors=("local", "global_")))
+
+def absorbs(local_tokens: int, global_tokens: int, local_width: int, num_heads: int) -> bool:
+    """Whether folding the local projections into the global side takes fewer products.
+
+    Absorbed: scores t·A_h with A_h = W_q,hᵀ·K_g,hᵀ/√d, and so on, h·M columns for Cl channels in
+    place of projections and heads: it pays iff M·(h − 1)/Cl + M/N < 1.
+    """
+    return global_tokens * ((num_heads - 1) * local_tokens + local_width) < (
+        local_width * local_tokens
+    )
+
+
+def _kernel_refusal(
+    local: Tensor,
+    global_: Tensor,
+    num_heads: int | None = None,
+    local_proj_weight: Tensor | None = None,
+    **_,
+) -> str | None:
+    """Why the kernels do not take these streams and heads, or None."""
+    if local.shape[2] * local.shape[3] == 0 or global_.shape[1] == 0:
+        return "a stream has no tokens"
+    if num_heads is None or local_proj_weight is None:
+        return None
+    return checks.head_dim_refusal(local_proj_weight.shape[1] // num_heads)
+
+
+def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -> str | None:
+    if dropout_p > 0:
+        return "scaled_dot_product_attention draws a dropout mask of its own"
+    return None
+
+
+OPERATION = register(
+    Operation(
+        "co_attention",
+        tensors=("local", "global_"),
+        present={"sdpa": lambda: None},
+        can_run={"sdpa": _sdpa_can_run},
+    )
+)
+
+NATIVE, TRITON = "co_attention", "co_attention_triton"
+"""Names of the raw operators; that of the gradient ends in ``_backward``."""
+
+
+def _parameter_shapes(local_width: int, global_width: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """Of the parameters in the operators' order, scale and shift with them."""
+    of_global, of_local = (global_width,), (local_width,)
+    qkv = tuple(s for width in (local_width, global_width) for s in ((3 * dim, width), (3 * dim,)))
+    proj = ((local_width, dim), of_local, (global_width, dim), of_global)
+    return (of_global, of_global, *qkv, *proj, of_local, of_local)
+
+
+def _fake(local, global_, num_heads, norm_weight, norm_bias, local_qkv_weight, *others):
+    (batch, local_tokens, _), global_tokens = local.shape, global_.shape[1]
+    dim, dtype = local_qkv_weight.shape[0] // 3, operators.accumulator(local)
+    return (
+        local.new_empty(local.shape),
+        global_.new_empty(global_.shape),
+        local.new_empty((batch, num_heads, local_tokens, 2), dtype=dtype),
+        local.new_empty((batch, num_heads, global_tokens, 2), dtype=dtype),
+        local.new_empty((batch, global_tokens, dim), dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_local,
+    grad_global,
+    local,
+    global_,
+    local_softmax,
+    global_softmax,
+    attended,
+    *others,
+):
+    shapes = _parameter_shapes(local.shape[2], global_.shape[2], attended.shape[2])
+    count = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes)
+    return (
+        local.new_empty(local.shape),
+        global_.new_empty(global_.shape),
+        local.new_empty((count,), dtype=operators.accumulator(local)),
+    )
+
+
+_PARAMETERS = (
+    "int num_heads, Tensor global_norm_weight, Tensor global_norm_bias, Tensor local_qkv_weight,"
+    " Tensor local_qkv_bias, Tensor global_qkv_weight, Tensor global_qkv_bias,"
+    " Tensor local_proj_weight, Tensor local_proj_bias, Tensor global_proj_weight,"
+    " Tensor global_proj_bias, Tensor? local_scale, Tensor? local_shift, float eps,"
+    " float dropout_p, Tensor? seed, bool? absorbed"
+)
+
+for _name in (NATIVE, TRITON):
+    operators.define(
+        _name,
+        f"(Tensor local, Tensor global_, {_PARAMETERS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake,
+    )
+    operators.define(
+        f"{_name}_backward",
+        "(Tensor grad_local, Tensor grad_global, Tensor local, Tensor global_,"
+        f" Tensor local_softmax, Tensor global_softmax, Tensor attended, {_PARAMETERS})"
+        " -> (Tensor, Tensor, Tensor)",
+        _fake_backward,
+    )
+
+
+class _CoAttention(torch.autograd.Function):
+    """A raw operator under autograd; saves its inputs and what is linear in the tokens.
+
+    Beside the streams and the parameters that is of each softmax the maximum of its logits and the
+    sum of exp(logit − maximum), and what the global queries have attended to.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @checks.with_signature
+    def forward(*arguments):
+        *operands, name = arguments
+        return getattr(torch.ops.dsnet_kernels, name)(*operands)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        local, global_, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed = inputs[:-2]
+        ctx.absorbed, ctx.name = inputs[-2:]
+        saved = output[2:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(local, global_, *saved, seed, *parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_local, grad_global, *_):
+        local, global_, *softmaxes, attended, seed = ctx.saved_tensors[:6]
+        parameters = ctx.saved_tensors[6:]
+        grad_local, grad_global, flat = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")(
+            grad_local,
+            grad_global,
+            local,
+            global_,
+            *softmaxes,
+            attended,
+            ctx.num_heads,
+            *parameters,
+            ctx.eps,
+            ctx.dropout_p,
+            seed,
+            ctx.absorbed,
+        )
+        shapes = _parameter_shapes(local.shape[2], global_.shape[2], attended.shape[2])
+        parts = flat.split([shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes])
+        grads = [
+            None if parameter is None else part.view(shape).to(parameter.dtype)
+            for part, shape, parameter in zip(parts, shapes, parameters, strict=True)
+        ]
+        return grad_local, grad_global, None, *grads, None, None, None, None, None
+
+
+def _scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, first_head: int) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def co_attention(
@@ -30,6 +200,8 @@ def co_attention(
     local_shift: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    absorbed: bool | None = None,
     backend: str | Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(local + Linear(softmax(Q_l·K_gᵀ/√d)·V_g), global_ + Linear(softmax(Q_g·K_lᵀ/√d)·V_l)).
@@ -39,9 +211,11 @@ def co_attention(
     streams as they come in.
 
     Args:
-        local: (B, Cl, H, W); float32, float64, bfloat16 or float16.
+        local: (B, Cl, H, W); float32, float64, bfloat16 or float16. Layouts other than
+            channels_last are copied first.
         global_: (B, M, Cg), local's dtype.
-        num_heads: h, a divisor of the common width dim; d = dim / h.
+        num_heads: h, a divisor of the common width dim; d = dim / h. The kernels take
+            multiples of 8 up to 128.
         global_norm_weight: (Cg,), of LayerNorm over channels.
         global_norm_bias: (Cg,).
         local_qkv_weight: (3·dim, Cl), output rows ordered (Q, K, V), then head, then channel.
@@ -56,9 +230,18 @@ def co_attention(
         local_shift: (Cl,) or None.
         eps: of the LayerNorm.
         dropout_p: dropout on both softmax outputs, applied wherever it is above 0.
-        backend: name or list of names; None follows :class:`dsnet_kernels.backend`.
+        seed: () int64 on local's device; the dropout masks are a function of it and of batch, head,
+            query and key, the global queries' heads counted behind the local ones', the same on
+            every backend. None draws one from torch's generator.
+        absorbed: True folds the local projections into matrices of the global tokens, so that no
+            local Q, K or V is ever formed, False projects; None takes what has fewer products
+            (:func:`absorbs`). The result is the same but for rounding; only kernels look at it.
+        backend: name or list of names; None follows :class:`dsnet_kernels.backend`. ``"sdpa"`` is
+            ``F.scaled_dot_product_attention`` between torch's norms and linear maps.
 
-    Parameters may be float32 beside lower-precision streams.
+    Parameters may be float32 beside lower-precision streams. Sums, softmax, the LayerNorm's
+    statistics and the folded matrices are in float32 (float64 for float64). Under autocast float32
+    streams are cast to the autocast dtype, the parameters are not.
 
     Returns:
         The new local stream (B, Cl, H, W) and the new global stream (B, M, Cg).
@@ -66,6 +249,9 @@ def co_attention(
     Raises:
         TypeError, ValueError: for a wrong dtype, device, shape or probability.
         BackendUnavailable: if a named backend cannot run.
+
+    Differentiable once in the streams and all parameters on every backend (``"reference"``: to any
+    order); results and gradients do not depend on the number of threads.
 
     Source: DS-Net (arXiv 2105.14734), section 3.2, inter-scale alignment, equations 5 and 6.
     """
@@ -91,6 +277,7 @@ def co_attention(
     checks.optional_shape("local_scale", local_scale, (local_width,))
     checks.optional_shape("local_shift", local_shift, (local_width,))
     checks.probability("dropout_p", dropout_p)
+    checks.seed("seed", seed, "local", local)
     local, global_ = checks.autocast(local), checks.autocast(global_)
     checks.same_dtype("local", local, "global_", global_)
     checks.parameters(
@@ -109,11 +296,16 @@ def co_attention(
         local_scale=local_scale,
         local_shift=local_shift,
     )
-    select(OPERATION, backend, local, global_)
-    return reference(
+    chosen = select(
+        OPERATION,
+        backend,
         local,
         global_,
-        num_heads,
+        num_heads=num_heads,
+        local_proj_weight=local_proj_weight,
+        dropout_p=dropout_p,
+    )
+    parameters = (
         global_norm_weight,
         global_norm_bias,
         local_qkv_weight,
@@ -124,8 +316,45 @@ def co_attention(
         local_proj_bias,
         global_proj_weight,
         global_proj_bias,
-        local_scale=local_scale,
-        local_shift=local_shift,
-        eps=eps,
-        dropout_p=dropout_p,
     )
+    if chosen == "sdpa":
+        return co_attend(
+            _scaled_dot_product_attention,
+            local,
+            global_,
+            num_heads,
+            *parameters,
+            local_scale,
+            local_shift,
+            eps,
+        )
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = new_seed(local.device)
+    if chosen == "reference":
+        return reference(
+            local,
+            global_,
+            num_heads,
+            *parameters,
+            local_scale=local_scale,
+            local_shift=local_shift,
+            eps=eps,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+    name = TRITON if chosen == "triton" else NATIVE
+    tokens = local.flatten(2).transpose(1, 2)
+    options = (eps, dropout_p, seed, absorbed)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        operator = getattr(torch.ops.dsnet_kernels, name)
+        results = operator(
+            tokens, global_, num_heads, *parameters, local_scale, local_shift, *options
+        )
+    else:
+        tokens, global_, *parameters = checks.distinct(
+            tokens, global_, *parameters, local_scale, local_shift
+        )
+        results = _CoAttention.apply(tokens, global_, num_heads, *parameters, *options, name)
+    return results[0].transpose(1, 2).unflatten(2, local.shape[2:]), results[1]

@@ -14,26 +14,6 @@ from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import depthwise_conv3x3 as reference
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _cpu_can_run(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in CPU_DTYPES:
-        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float64"
-    return None
-
-
-def _cuda_can_run(x: Tensor) -> str | None:
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, not on an NVIDIA GPU"
-    if x.dtype not in CUDA_DTYPES:
-        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
-    return native.gpu_refusal(x.get_device())
-
-
 OPERATION = register(
     Operation(
         "depthwise_conv3x3",
@@ -43,7 +23,11 @@ OPERATION = register(
             "triton": lambda: triton.REFUSAL,
             "cuda": native.cuda_refusal,
         },
-        can_run={"cpu": _cpu_can_run, "triton": triton.can_run, "cuda": _cuda_can_run},
+        can_run={
+            "cpu": native.cpu_can_run,
+            "triton": triton.can_run,
+            "cuda": native.cuda_can_run,
+        },
     )
 )
 
@@ -51,19 +35,13 @@ NATIVE, TRITON = "depthwise_conv3x3", "depthwise_conv3x3_triton"
 """Names of the raw operators; that of the gradient ends in ``_backward``."""
 
 
-def _empty_channels_last(x: Tensor) -> Tensor:
-    channels, height, width = x.shape[1:]
-    strides = (height * width * channels, 1, width * channels, channels)
-    return x.new_empty_strided(x.shape, strides)
-
-
 def _fake(x, weight, bias, scale, shift, residual):
-    return _empty_channels_last(x)
+    return operators.empty_channels_last(x)
 
 
 def _fake_backward(grad, x, weight, scale, shift, residual):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _empty_channels_last(x), x.new_empty((12, x.shape[1]), dtype=dtype)
+    parameters = x.new_empty((12, x.shape[1]), dtype=operators.accumulator(x))
+    return operators.empty_channels_last(x), parameters
 
 
 def _batched(operator, info, in_dims, args):

@@ -18,34 +18,17 @@ from .reference import common
 from .reference import global_attention as reference
 from .reference.dropout import new_seed
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 128
-
 
 def _head_dim_refusal(x: Tensor, num_heads: int | None = None, **_) -> str | None:
-    if num_heads is None:
-        return None
-    head_dim = x.shape[2] // num_heads
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        return f"the head dimension is {head_dim}; the kernel takes multiples of 8 up to 128"
-    return None
+    return None if num_heads is None else checks.head_dim_refusal(x.shape[2] // num_heads)
 
 
 def _cpu_can_run(x: Tensor, **options) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in CPU_DTYPES:
-        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float64"
-    return _head_dim_refusal(x, **options)
+    return native.cpu_can_run(x) or _head_dim_refusal(x, **options)
 
 
 def _cuda_can_run(x: Tensor, **options) -> str | None:
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, not on an NVIDIA GPU"
-    if x.dtype not in CUDA_DTYPES:
-        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
-    return native.gpu_refusal(x.get_device()) or _head_dim_refusal(x, **options)
+    return native.cuda_can_run(x) or _head_dim_refusal(x, **options)
 
 
 def _triton_can_run(x: Tensor, **options) -> str | None:
@@ -81,18 +64,14 @@ NATIVE, TRITON = "global_attention", "global_attention_triton"
 """Names of the raw operators; that of the gradient ends in ``_backward``."""
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _fake(x, num_heads, *others):
     batch, tokens, _ = x.shape
-    lse = x.new_empty((batch, num_heads, tokens), dtype=_accumulator(x))
+    lse = x.new_empty((batch, num_heads, tokens), dtype=operators.accumulator(x))
     return x.new_empty(x.shape), lse
 
 
 def _fake_backward(grad, x, *others):
-    width, dtype = x.shape[2], _accumulator(x)
+    width, dtype = x.shape[2], operators.accumulator(x)
     shapes = ((width,), (width,), (3 * width, width), (3 * width,))
     return x.new_empty(x.shape), *(x.new_empty(shape, dtype=dtype) for shape in shapes)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("dsnet_kernels", "DEF")
 """The operator namespace: schemas are defined here, natively implemented or not."""
@@ -96,6 +97,28 @@ def gpu_refusal(index: int) -> str | None:
     if (major, minor) < (8, 0):
         return f"GPU {index} has compute capability {major}.{minor}; the kernels need 8.0 or newer"
     return None
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cpu_can_run(x: Tensor, name: str = "x") -> str | None:
+    """Why the CPU's kernels do not take the argument ``name``, or None."""
+    if x.device.type != "cpu":
+        return f"{name} is on {x.device}, not on the CPU"
+    if x.dtype not in _CPU_DTYPES:
+        return f"{name} is {x.dtype}; the kernel computes in float32, bfloat16 and float64"
+    return None
+
+
+def cuda_can_run(x: Tensor, name: str = "x") -> str | None:
+    """Why the CUDA kernels do not take the argument ``name``, or None."""
+    if x.device.type != "cuda":
+        return f"{name} is on {x.device}, not on an NVIDIA GPU"
+    if x.dtype not in _CUDA_DTYPES:
+        return f"{name} is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+    return gpu_refusal(x.get_device())
 
 
 def build_record() -> dict | None:

@@ -38,3 +38,15 @@ def one_by_one(operator: Callable, info, in_dims, args):
 def _elements(info, in_dims, args) -> Iterator[list]:
     for i in range(info.batch_size):
         yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """In what kernels sum, and return gradients of parameters."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised (B, C, H, W) like x, with channels next to each other."""
+    channels, height, width = x.shape[1:]
+    strides = (height * width * channels, 1, width * channels, channels)
+    return x.new_empty_strided(x.shape, strides)

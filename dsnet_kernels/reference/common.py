@@ -52,10 +52,18 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     return x.view(batch, tokens, parts, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    seed: Tensor | None = None,
+    first_head: int = 0,
+) -> Tensor:
     """Per head dropout(softmax(q·kᵀ/√d))·v, heads concatenated: (B, h, T, d) → (B, T, h·d).
 
-    With a seed the dropout is that of the kernels, else torch's.
+    With a seed the dropout is that of the kernels, its heads counted from ``first_head``, else
+    torch's.
     """
     weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     # Under autocast the softmax comes back in float32.
@@ -63,6 +71,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | Non
     if seed is None:
         weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
     elif dropout_p > 0:
-        keep = dropout.keep_mask(weights.shape, dropout_p, seed)
+        keep = dropout.keep_mask(weights.shape, dropout_p, seed, first_head)
         weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
     return (weights @ v).transpose(1, 2).flatten(2)

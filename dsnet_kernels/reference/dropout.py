@@ -46,16 +46,19 @@ def philox(seed: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, ...
     return torch.broadcast_tensors(c0, c1, c2, c3)
 
 
-def keep_mask(shape: tuple[int, int, int, int], p: float, seed: Tensor) -> Tensor:
+def keep_mask(
+    shape: tuple[int, int, int, int], p: float, seed: Tensor, first_head: int = 0
+) -> Tensor:
     """Which attention weights stay: True with probability 1 − p, a function of place and seed.
 
-    Word ``key % 4`` of philox(seed, (key // 4, query, head, batch)) is at least
-    :func:`threshold`.
+    Word ``key % 4`` of philox(seed, (key // 4, query, first_head + head, batch)) is at
+    least :func:`threshold`.
 
     Args:
         shape: (batch, heads, queries, keys).
         p: probability of dropping, 0 ≤ p < 1.
         seed: () int64.
+        first_head: what heads are counted from, so that masks of one call are different ones.
 
     Returns:
         Boolean tensor of ``shape`` on the seed's device.
@@ -66,6 +69,6 @@ def keep_mask(shape: tuple[int, int, int, int], p: float, seed: Tensor) -> Tenso
     )
     words = philox(
         seed,
-        (blocks, query[:, None], head[:, None, None], image[:, None, None, None]),
+        (blocks, query[:, None], first_head + head[:, None, None], image[:, None, None, None]),
     )
     return torch.stack(words, dim=-1).flatten(-2)[..., :keys] >= threshold(p)

@@ -34,16 +34,16 @@ def import_refusal() -> str | None:
     return _import_refusal()
 
 
-def can_run(x: Tensor) -> str | None:
-    """Why the kernels do not take ``x``, or None."""
+def can_run(x: Tensor, name: str = "x") -> str | None:
+    """Why the kernels do not take the argument ``name``, or None."""
     if not INTERPRETED and x.device.type != "cuda":
-        return f"x is on {x.device}, not on an NVIDIA GPU"
+        return f"{name} is on {x.device}, not on an NVIDIA GPU"
     if INTERPRETED and x.device.type not in ("cpu", "cuda"):
-        return f"x is on {x.device}; Triton's interpreter takes it on the CPU or a GPU"
+        return f"{name} is on {x.device}; Triton's interpreter takes it on the CPU or a GPU"
     if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
+        return f"{name} is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
     if INTERPRETED and x.dtype == torch.bfloat16:
-        return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
+        return f"{name} is torch.bfloat16, which Triton's interpreter computes wrongly"
     reason = None if INTERPRETED else native.gpu_refusal(x.get_device())
     return import_refusal() if reason is None else reason
 
