@@ -1,6 +1,8 @@
 // The steps that attention is made of, for the instruction set of this compilation.
 #pragma once
 
+#include "arguments.h"
+#include "common/philox.h"
 #include "matmul.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
@@ -104,6 +106,20 @@ inline Acc row_maximum(const Acc* row, int64_t n) {
   V largest = V::load(row);
   for (int64_t c = V::size; c < n; c += V::size) largest = larger(largest, V::load(row + c));
   return largest_of(largest);
+}
+
+// Multiplies attention weights of keys [first, first + count) by 0 where they are dropped.
+template <typename Acc>
+inline void drop(const AttentionDropout& dropout, int64_t image, int64_t head, int64_t query,
+    int64_t first, int64_t count, Acc* weights) {
+  const uint32_t threshold = dropout_threshold(dropout.p);
+  for (int64_t j = 0; j < count; j += 4) {
+    const PhiloxWords words = philox(dropout.seed, static_cast<uint32_t>((first + j) / 4),
+        static_cast<uint32_t>(query), static_cast<uint32_t>(head), static_cast<uint32_t>(image));
+    for (int64_t i = 0; i < smaller(4, count - j); ++i) {
+      if (words.word[i] < threshold) weights[j + i] = 0;
+    }
+  }
 }
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "capability.h"
-#include "storage.h"
 
 namespace dsnet::cpu {
 
@@ -16,22 +16,8 @@ struct AttentionShape {
   int64_t width() const { return heads * head_dim; }
 };
 
-// Contiguous values: accumulators (double for float64, else float), or of the activations' dtype.
-struct Parameter {
-  const void* data;
-  bool is_accumulator;
-};
-
-struct AttentionDropout {
-  double p;
-  uint64_t seed;
-};
-
 // How matrices lie in memory and how a call is cut into tasks; from the shape alone.
 struct AttentionLayout {
-  static constexpr int64_t lanes = 16;  // of the widest register
-  static constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
-
   // Up to here an image's heads are computed one after the other in a thread's own memory; beyond,
   // projection and attention are passes of their own over memory of the call.
   static constexpr int64_t few_tokens = 128;
@@ -97,8 +83,8 @@ struct AttentionBackwardLayout {
 
   int64_t scratch(const AttentionShape& shape, const AttentionLayout& layout) const {
     const int64_t rows = query_block, M = shape.tokens;
-    int64_t heads = (2 * layout.keys + 3 * layout.dim + 2 * AttentionLayout::lanes) * rows +
-                    3 * M * layout.dim + layout.keys;
+    int64_t heads =
+        (2 * layout.keys + 3 * layout.dim + 2 * lanes) * rows + 3 * M * layout.dim + layout.keys;
     if (layout.is_few) heads += M * layout.head + 2 * shape.head_dim * layout.keys;
     const int64_t tokens = (token_block + 2) * layout.width;
     const int64_t weights = weight_block * (weight_depth + 2 * layout.width);
@@ -144,24 +130,20 @@ struct AttentionBackward : AttentionProjection {
   void* grad_qkv_bias;    // (3·C)
 };
 
-// Runs tasks [begin, end); scratch belongs to the calling thread.
-template <typename Arguments>
-using AttentionStep = void (*)(const Arguments&, void* scratch, int64_t begin, int64_t end);
-
 struct AttentionForwardKernels {
-  AttentionStep<AttentionProjection> pack;     // h + 1 tasks
-  AttentionStep<AttentionForward> few;         // B · h tasks: everything else
-  AttentionStep<AttentionProjection> project;  // B · token_blocks tasks
-  AttentionStep<AttentionForward> attend;      // B · h · query_blocks tasks
+  Step<AttentionProjection> pack;     // h + 1 tasks
+  Step<AttentionForward> few;         // B · h tasks: everything else
+  Step<AttentionProjection> project;  // B · token_blocks tasks
+  Step<AttentionForward> attend;      // B · h · query_blocks tasks
 };
 
 struct AttentionBackwardKernels {
-  AttentionStep<AttentionProjection> pack;     // h + 1 tasks
-  AttentionStep<AttentionBackward> pack_rows;  // panels tasks
-  AttentionStep<AttentionProjection> project;  // B · token_blocks tasks
-  AttentionStep<AttentionBackward> heads;      // B · h · splits tasks: gradients of Q, K and V
-  AttentionStep<AttentionBackward> tokens;     // cut.token_blocks tasks: of x and the norm
-  AttentionStep<AttentionBackward> weights;    // cut.weight_blocks tasks: of weight and bias
+  Step<AttentionProjection> pack;     // h + 1 tasks
+  Step<AttentionBackward> pack_rows;  // panels tasks
+  Step<AttentionProjection> project;  // B · token_blocks tasks
+  Step<AttentionBackward> heads;      // B · h · splits tasks: gradients of Q, K and V
+  Step<AttentionBackward> tokens;     // cut.token_blocks tasks: of x and the norm
+  Step<AttentionBackward> weights;    // cut.weight_blocks tasks: of weight and bias
 };
 
 AttentionForwardKernels global_attention_forward(Capability capability, Storage storage);

@@ -36,7 +36,7 @@ void attend_rows(const Call<T>& call, const AttentionForward& args, int64_t imag
 
   for (int64_t first = 0; first < M; first += Layout::key_block) {
     const int64_t count = smaller(Layout::key_block, M - first);
-    const int64_t columns = Layout::padded(count);
+    const int64_t columns = padded(count);
     multiply<false, V, Product>(rows, columns, depth_of<T>(d),
         {qkv + begin * layout.head, layout.head}, {keys + first, layout.keys}, {nullptr, 0},
         {scores, Layout::key_block});

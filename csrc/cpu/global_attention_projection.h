@@ -2,34 +2,10 @@
 #pragma once
 
 #include "attention_steps.h"
-#include "common/philox.h"
 #include "global_attention.h"
+#include "scratch.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
-
-template <typename T>
-using AccumulatorOf = typename Register<T>::type::Acc;
-
-// How the forward's products are formed. With pairs, the rows of each product's operands are pairs
-// of bfloat16 in the same memory, half as long (the left) or half as many (the right).
-template <typename T>
-struct Products {
-  static constexpr bool pairs = false;
-  using type = Values;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Products<bfloat16> {
-  static constexpr bool pairs = true;
-  using type = Pairs;
-};
-#endif
-
-// Terms of a sum of n.
-template <typename T>
-constexpr int64_t depth_of(int64_t n) {
-  return Products<T>::pairs ? (n + 1) / 2 : n;
-}
 
 // A call's memory with its types.
 template <typename T>
@@ -55,25 +31,6 @@ struct Call {
     return static_cast<const T*>(args.x) + (image * shape.tokens + token) * shape.width();
   }
 };
-
-// Memory of a thread, taken piece by piece.
-template <typename Acc>
-struct Scratch {
-  Acc* next;
-  explicit Scratch(void* memory) : next(static_cast<Acc*>(memory)) {}
-  Acc* take(int64_t count) {
-    Acc* taken = next;
-    next += AttentionLayout::padded(count);
-    return taken;
-  }
-};
-
-template <typename T, typename Acc>
-Acc value_at(const Parameter& parameter, int64_t i) {
-  return parameter.is_accumulator
-             ? static_cast<const Acc*>(parameter.data)[i]
-             : static_cast<Acc>(widened(static_cast<const T*>(parameter.data)[i]));
-}
 
 // Task h packs the norm, task `head` the weights of that head.
 template <typename T>
@@ -253,20 +210,6 @@ void project(const AttentionProjection& args, void* memory, int64_t begin, int64
             count, depth_of<T>(d), qkv + part * d, layout.head, transposed + first, layout.keys);
         if (first + count == M) clear_padding(call, transposed);
       }
-    }
-  }
-}
-
-// Multiplies attention weights of keys [first, first + count) by 0 where they are dropped.
-template <typename Acc>
-inline void drop(const AttentionDropout& dropout, int64_t image, int64_t head, int64_t query,
-    int64_t first, int64_t count, Acc* weights) {
-  const uint32_t threshold = dropout_threshold(dropout.p);
-  for (int64_t j = 0; j < count; j += 4) {
-    const PhiloxWords words = philox(dropout.seed, static_cast<uint32_t>((first + j) / 4),
-        static_cast<uint32_t>(query), static_cast<uint32_t>(head), static_cast<uint32_t>(image));
-    for (int64_t i = 0; i < smaller(4, count - j); ++i) {
-      if (words.word[i] < threshold) weights[j + i] = 0;
     }
   }
 }

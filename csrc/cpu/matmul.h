@@ -52,6 +52,27 @@ struct Pairs {
 };
 #endif
 
+// How products of values stored as T are formed. With pairs, the rows of each product's operands
+// are pairs of bfloat16 in the same memory, half as long (the left) or half as many (the right).
+template <typename T>
+struct Products {
+  static constexpr bool pairs = false;
+  using type = Values;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<bfloat16> {
+  static constexpr bool pairs = true;
+  using type = Pairs;
+};
+#endif
+
+// Terms of a sum of n.
+template <typename T>
+constexpr int64_t depth_of(int64_t n) {
+  return Products<T>::pairs ? (n + 1) / 2 : n;
+}
+
 namespace detail {
 
 template <bool transposed, typename Product, typename V, int R, int N,

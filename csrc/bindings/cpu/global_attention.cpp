@@ -1,49 +1,27 @@
 // Global self-attention on the CPU: checks, allocation, threads, registration.
 #include "cpu/global_attention.h"
 
-#include <algorithm>
-#include <initializer_list>
 #include <tuple>
-#include <vector>
 
-#include "bindings/cpu/parameters.h"
+#include "bindings/cpu/workspace.h"
 #include "cpu/capability.h"
 
 namespace dsnet {
 namespace {
 
-struct alignas(64) Line {
-  char bytes[64];
-};
-
-// Memory that a thread keeps between calls: fresh memory costs a page fault for every 4 KiB,
-// together as much as a kernel. Valid until the thread asks for more at the same place.
-void* kept_memory(size_t place, int64_t bytes) {
-  thread_local std::vector<std::vector<Line>> all;
-  if (all.size() <= place) all.resize(place + 1);
-  std::vector<Line>& lines = all[place];
-  const size_t needed = static_cast<size_t>(bytes) / sizeof(Line) + 1;
-  if (lines.size() < needed) {
-    lines.clear();
-    lines.resize(needed);
-  }
-  return lines.data();
-}
-
 // What both directions hold for their kernels.
-class Call {
+class Call : public Workspace {
  public:
   const cpu::AttentionShape shape;
   const cpu::AttentionLayout layout;
-  const cpu::Storage storage;
 
   Call(const Tensor& x, int64_t num_heads, const Tensor& norm_weight, const Tensor& norm_bias,
       const Tensor& qkv_weight, const Tensor& qkv_bias, double eps, double dropout_p,
       const OptionalTensor& seed)
-      : shape(check_attention<cpu::AttentionShape>(
+      : Workspace("x", x),
+        shape(check_attention<cpu::AttentionShape>(
             x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed)),
         layout(shape),
-        storage(storage_of(x)),
         x_(as_contiguous(x)),
         norm_weight_(as_contiguous(norm_weight)),
         norm_bias_(as_contiguous(norm_bias)),
@@ -51,25 +29,6 @@ class Call {
         qkv_bias_(as_contiguous(qkv_bias)),
         eps_(eps),
         dropout_{dropout_p, seed_of(seed)} {}
-
-  ScalarType accumulator() const {
-    return storage == cpu::Storage::float64 ? ScalarType::Double : ScalarType::Float;
-  }
-
-  int64_t item() const { return storage == cpu::Storage::float64 ? 8 : 4; }
-
-  // Accumulators of the caller or, with `held`, of this call.
-  Tensor memory(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::empty(sizes, accumulator(), std::nullopt, x_.device());
-  }
-  void* held(std::initializer_list<int64_t> sizes) {
-    constexpr int64_t most_kept = 16 << 20;
-    int64_t bytes = item();
-    for (int64_t size : sizes) bytes *= size;
-    if (bytes <= most_kept) return kept_memory(++places_, bytes);
-    held_.push_back(memory(sizes));
-    return held_.back().mutable_data_ptr();
-  }
 
   void describe(cpu::AttentionProjection& args) {
     args.shape = shape;
@@ -83,34 +42,13 @@ class Call {
     args.packed = held({layout.packed});
   }
 
-  // Runs all tasks of a step, each of so many multiplications and additions.
-  template <typename Arguments>
-  void run(cpu::AttentionStep<std::type_identity_t<Arguments>> step, const Arguments& args,
-      int64_t scratch_size, int64_t tasks, int64_t products) const {
-    // About 20 µs of work: less is not worth waking a thread.
-    constexpr int64_t products_per_grain = 500000;
-    const int64_t grain = std::max<int64_t>(1, products_per_grain / std::max<int64_t>(1, products));
-    const int64_t bytes = scratch_size * item();
-    torch::stable::parallel_for(0, tasks, grain,
-        [&](int64_t begin, int64_t end) { step(args, kept_memory(0, bytes), begin, end); });
-  }
-
   // Products of a token's projection to one head.
   int64_t head_products() const { return 3 * shape.head_dim * shape.width(); }
 
  private:
-  cpu::Parameter view_of(const char* name, const Tensor& parameter) const {
-    const ScalarType dtype = parameter.scalar_type();
-    check(dtype == x_.scalar_type() || dtype == accumulator(), name,
-        ": expected x's dtype or float32, got ", torch::headeronly::toString(dtype));
-    return {parameter.const_data_ptr(), dtype == accumulator()};
-  }
-
   Tensor x_, norm_weight_, norm_bias_, qkv_weight_, qkv_bias_;
   double eps_;
   cpu::AttentionDropout dropout_;
-  size_t places_ = 0;  // The first is the steps' scratch memory.
-  std::vector<Tensor> held_;
 };
 
 // Sums the blocks in order, in double.
