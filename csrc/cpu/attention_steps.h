@@ -84,6 +84,24 @@ inline void normalise(const T* x, int64_t width, int64_t padded, Moments<Acc> mo
   for (int64_t c = (width + V::size - 1) / V::size * V::size; c < padded; ++c) y[c] = 0;
 }
 
+// The same for `count` tokens of memory, with their moments where `kept` is not null.
+template <typename V, typename T, typename Acc = typename V::Acc>
+inline void normalise_rows(const T* x, int64_t count, int64_t width, int64_t padded_width, Acc eps,
+    const Acc* weight, const Acc* bias, Acc* y, Moments<Acc>* kept = nullptr) {
+  const auto rows = [&](auto R, int64_t i) {
+    Moments<Acc> moments[decltype(R)::value];
+    moments_of<V, decltype(R)::value>(x + i * width, width, width, eps, moments);
+    for (int r = 0; r < decltype(R)::value; ++r) {
+      normalise<V>(x + (i + r) * width, width, padded_width, moments[r], weight, bias,
+          y + (i + r) * padded_width);
+      if (kept != nullptr) kept[i + r] = moments[r];
+    }
+  };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) rows(Constant<4>{}, i);
+  for (; i < count; ++i) rows(Constant<1>{}, i);
+}
+
 // Writes `value` to elements [count, columns) of a row, less than 16 and in whole registers.
 template <typename V, typename Acc = typename V::Acc>
 inline void fill_rest(Acc* row, int64_t count, int64_t columns, Acc value) {

@@ -3,9 +3,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "capability.h"
-#include "global_attention.h"
-#include "storage.h"
 
 namespace dsnet::cpu {
 
@@ -32,8 +31,6 @@ struct PackedMatrix {
 // and the local tokens are taken as they are; projected, they have d and local tokens are
 // projected tile by tile.
 struct CoAttentionLayout {
-  static constexpr int64_t lanes = 16;  // of the widest register
-  static constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
   static constexpr int64_t row_block = 112;    // global tokens that meet a tile at a time
   static constexpr int64_t finish_block = 56;  // global tokens of a task that follows
   static constexpr int64_t most_tasks = 64;    // wanted of the pass over local tokens
@@ -52,7 +49,8 @@ struct CoAttentionLayout {
     const int64_t N = shape.local_tokens, M = shape.global_tokens;
     if (tile > padded(N)) tile = padded(N);
     const int64_t least = tile > 2 * M ? tile : 2 * M;
-    const int64_t wanted = (most_tasks + shape.batch - 1) / shape.batch;
+    const int64_t images = shape.batch > 0 ? shape.batch : 1;
+    const int64_t wanted = (most_tasks + images - 1) / images;
     const int64_t possible = (N + least - 1) / least;
     chunks = wanted < possible ? wanted : possible;
     chunk_tokens = ((N + chunks - 1) / chunks + tile - 1) / tile * tile;
@@ -215,23 +213,20 @@ struct CoAttentionBackward : CoAttentionCall {
   void* grad_global_in;  // (B, M, Cg) as stored
 };
 
-template <typename Arguments>
-using CoAttentionStep = void (*)(const Arguments&, void* scratch, int64_t begin, int64_t end);
-
 struct CoAttentionForwardKernels {
-  CoAttentionStep<CoAttentionForward> pack;      // h + 1 tasks
-  CoAttentionStep<CoAttentionForward> prologue;  // B · h tasks: what local tokens meet
-  CoAttentionStep<CoAttentionForward> local;     // B · chunks tasks
-  CoAttentionStep<CoAttentionForward> finish;    // B · row_blocks tasks: the global stream
+  Step<CoAttentionForward> pack;      // h + 1 tasks
+  Step<CoAttentionForward> prologue;  // B · h tasks: what local tokens meet
+  Step<CoAttentionForward> local;     // B · chunks tasks
+  Step<CoAttentionForward> finish;    // B · row_blocks tasks: the global stream
 };
 
 struct CoAttentionBackwardKernels {
-  CoAttentionStep<CoAttentionBackward> pack;      // h + 1 tasks
-  CoAttentionStep<CoAttentionBackward> prologue;  // B · h tasks
-  CoAttentionStep<CoAttentionBackward> local;     // B · chunks tasks
-  CoAttentionStep<CoAttentionBackward> heads;     // B · h tasks: gradients of global Q, K, V
-  CoAttentionStep<CoAttentionBackward> finish;    // B · row_blocks tasks: of the global stream
-  CoAttentionStep<TokenProduct> product;          // tasks(): gradients of weights
+  Step<CoAttentionBackward> pack;      // h + 1 tasks
+  Step<CoAttentionBackward> prologue;  // B · h tasks
+  Step<CoAttentionBackward> local;     // B · chunks tasks
+  Step<CoAttentionBackward> heads;     // B · h tasks: gradients of global Q, K, V
+  Step<CoAttentionBackward> finish;    // B · row_blocks tasks: of the global stream
+  Step<TokenProduct> product;          // tasks(): gradients of weights
 };
 
 int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layout, bool backward);
