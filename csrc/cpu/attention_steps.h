@@ -102,6 +102,31 @@ inline void normalise_rows(const T* x, int64_t count, int64_t width, int64_t pad
   for (; i < count; ++i) rows(Constant<1>{}, i);
 }
 
+// The gradient of a token through LayerNorm and past it: grad_x = grad + LNᵀ(grad_y); adds the
+// token's share to the gradients of weight and bias. All but x and the gradients of x padded with 0.
+template <typename V, typename T, typename Acc = typename V::Acc>
+inline void normalise_gradient(const T* x, const T* grad, int64_t width, Moments<Acc> moments,
+    const Acc* weight, const Acc* grad_y, Acc* grad_weight, Acc* grad_bias, T* grad_x) {
+  const V centre = V::fill(moments.mean), inverse = V::fill(moments.rstd);
+  V sum = V::zero(), product = V::zero();
+  for_each_register<V>(width, [&](int64_t c, int64_t n) {
+    const V normal = (load_part<V>(x + c, n) - centre) * inverse;
+    const V in = V::load(grad_y + c), scaled = in * V::load(weight + c);
+    sum = sum + scaled;
+    product = fma(scaled, normal, product);
+    fma(in, normal, V::load(grad_weight + c)).store(grad_weight + c);
+    (in + V::load(grad_bias + c)).store(grad_bias + c);
+  });
+  const V mean_sum = V::fill(sum_of(sum) / static_cast<Acc>(width));
+  const V mean_product = V::fill(-sum_of(product) / static_cast<Acc>(width));
+  for_each_register<V>(width, [&](int64_t c, int64_t n) {
+    const V normal = (load_part<V>(x + c, n) - centre) * inverse;
+    const V scaled = V::load(grad_y + c) * V::load(weight + c) - mean_sum;
+    const V branch = fma(normal, mean_product, scaled);
+    store_part(fma(branch, inverse, load_part<V>(grad + c, n)), grad_x + c, n);
+  });
+}
+
 // Writes `value` to elements [count, columns) of a row, less than 16 and in whole registers.
 template <typename V, typename Acc = typename V::Acc>
 inline void fill_rest(Acc* row, int64_t count, int64_t columns, Acc value) {

@@ -12,23 +12,23 @@ int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layout, bool backward) {
   using Layout = CoAttentionLayout;
   const int64_t M = shape.global_tokens, tile = layout.tile, d = shape.head_dim;
-  const int64_t prologue = M * (2 * layout.global + layout.head + layout.dim);
-  const int64_t rows = larger_of(layout.rows, Layout::row_block);
-  const int64_t tokens = 3 * layout.local + padded(shape.local_width) + 6 * d + 4 * layout.dim;
-  const int64_t scores = backward ? 2 * rows + 2 * Layout::row_block + layout.rows : rows;
-  int64_t local = tile * (tokens + scores + 8) + 2 * Layout::row_block;
-  if (backward) {
-    local += tile * (2 * layout.local + padded(shape.local_width) + 6 * d + 6 * layout.dim);
-    local += larger_of(rows, 3 * Layout::row_block) * layout.inner + 12 * layout.local;
+  const int64_t Cl = padded(shape.local_width), block = Layout::finish_block;
+  const int64_t rows = larger_of(M, Layout::row_block);
+  constexpr int64_t rounding = 32 * lanes;  // Each piece is padded.
+  const int64_t inputs = M * (2 * layout.global + layout.head + layout.dim + 2);
+  const int64_t finish = block * (layout.inner + layout.dim + layout.global + 1);
+  if (!backward) {
+    int64_t local = tile * (3 * layout.local + Cl + rows + 2) + 2 * Layout::row_block;
+    if (!layout.absorbed) local += tile * (2 * d + 2 * layout.dim);
+    return larger_of(larger_of(inputs, finish), local) + rounding;
   }
-  const int64_t finish = Layout::finish_block * (layout.inner + layout.dim + 2 * layout.global + 2) +
-                         4 * layout.global;
-  const int64_t heads = M * (layout.head + 4 * layout.dim + layout.inner) + 4 * layout.rows;
+  int64_t local = tile * (3 * layout.local + 2 * Cl + 3 * rows + d + 2) + rows * layout.inner;
+  if (!layout.absorbed) local += tile * (3 * d + 7 * layout.dim + layout.head);
+  const int64_t heads = M * (layout.inner + layout.dim) + layout.rows;
   const int64_t widest = larger_of(larger_of(layout.local, layout.global), padded(shape.dim()));
-  const int64_t product =
-      TokenProduct::row_block * (TokenProduct::depth + 2 * widest + lanes);
-  const int64_t most = larger_of(larger_of(prologue, local), finish);
-  return (backward ? larger_of(most, larger_of(heads, product)) : most) + 64 * lanes;
+  const int64_t weights = TokenProduct::row_block * (TokenProduct::depth + 2 * widest);
+  return larger_of(larger_of(larger_of(inputs, finish), larger_of(local, heads)), weights) +
+         rounding;
 }
 
 #define DSNET_DECLARE(arch)                                    \
@@ -51,6 +51,15 @@ CoAttentionForwardKernels co_attention_forward(Capability capability, Storage st
   if (capability == Capability::avx2) return avx2::co_attention_forward(storage);
 #endif
   return generic::co_attention_forward(storage);
+}
+
+CoAttentionBackwardKernels co_attention_backward(Capability capability, Storage storage) {
+#ifdef DSNET_X86
+  // Gradients keep the products of values: of pairs they would be rounded before they are summed.
+  if (capability >= Capability::avx512) return avx512::co_attention_backward(storage);
+  if (capability == Capability::avx2) return avx2::co_attention_backward(storage);
+#endif
+  return generic::co_attention_backward(storage);
 }
 
 }  // namespace dsnet::cpu

@@ -117,7 +117,7 @@ struct CoAttentionLayout {
     }
     proj = add(d, local);
     to_value = add(Cl, dim);
-    if (!absorbed) {
+    if (!absorbed || is_backward) {
       left = next;
       next += 3 * d * local;
     }
@@ -178,15 +178,15 @@ struct CoAttentionForward : CoAttentionCall {
 struct TokenProduct {
   static constexpr int64_t row_block = 28;  // of a task
   static constexpr int64_t depth = 448;     // tokens summed at a time
-  const void* left;  // (tokens, left_stride), as stored or accumulators
+  const void* left;        // (tokens, left_stride), as stored or accumulators
   const void* right;       // (tokens, right_stride) accumulators
   void* out;               // rows at out_stride
   void* sums;              // (rows), or null
-  const void* weights;     // of the tokens in sums, or null for 1
+  const void* weights;     // (tokens) in sums, or null for 1
   int64_t tokens, rows, columns;
-  int64_t left_stride, right_stride, out_stride, weight_stride;
-  double factor;
-  bool left_is_stored;
+  int64_t left_stride, right_stride, out_stride;
+  double factor = 1;
+  bool left_is_stored = false;
   int64_t tasks() const { return (rows + row_block - 1) / row_block; }
 };
 
@@ -195,22 +195,23 @@ struct CoAttentionBackward : CoAttentionCall {
   const void* grad_global;  // (B, M, Cg) as stored
   void* y;                  // (B, M, layout.global), the normalised global tokens
   void* moments;            // (B, M, 2)
-  void* global_qkv;         // (B, M, 3·dim)
+  void* global_qkv;         // (B, M, 3·dim), a register more, as the next two
   void* grad_attended;      // (B, M, dim)
-  void* rows;               // (B, h, 2, layout.rows): Σ of gradient times attended, bias of dP
+  void* attended_copy;      // (B, M, dim)
+  void* deltas;             // (B, h, layout.rows): Σ of gradient times attended
   void* partials;           // (B, chunks, h, layout.grad_partial)
-  void* sums;               // (h, B · M, layout.inner) × 4, absorbed; see grad_partial
-  void* row_sums;           // (h, 2, B · M): gradient of the scores' bias, kept sums
+  void* sums;               // (4, h, B · M, layout.inner), as in a partial; absorbed
+  void* row_sums;           // (2, h, B · M): gradient of the scores' bias, kept sums
   void* grad_global_qkv;    // (B, M, 3·dim)
-  void* channel_partials;   // (B, chunks, 3, layout.local) doubles: scale, shift, output bias
-  void* norm_partials;      // (B, row_blocks, 2, layout.global)
+  void* channel_partials;   // (B, chunks, 3, layout.local): of scale, shift, output bias
+  void* norm_partials;      // (B, row_blocks, 2, layout.global): of weight and bias
   // Projected:
-  void* tokens;          // (B, N, layout.local), local tokens after the affine
-  void* grad_local_qkv;  // (B, N, 3·dim)
-  void* heads_out;       // (B, N, dim), what local queries attended to
+  void* tokens;             // (B, N, layout.local), local tokens after the affine
+  void* grad_local_qkv;     // (B, N, 3·dim)
+  void* heads_out;          // (B, N, dim) and a register: what local queries attended to
   const TokenProduct* products;
-  void* grad_local_in;   // (B, N, Cl) as stored
-  void* grad_global_in;  // (B, M, Cg) as stored
+  void* grad_local_in;      // (B, N, Cl) as stored
+  void* grad_global_in;     // (B, M, Cg) as stored
 };
 
 struct CoAttentionForwardKernels {
@@ -226,7 +227,7 @@ struct CoAttentionBackwardKernels {
   Step<CoAttentionBackward> local;     // B · chunks tasks
   Step<CoAttentionBackward> heads;     // B · h tasks: gradients of global Q, K, V
   Step<CoAttentionBackward> finish;    // B · row_blocks tasks: of the global stream
-  Step<TokenProduct> product;          // tasks(): gradients of weights
+  Step<CoAttentionBackward> weights;   // the tasks of all products, one after the other
 };
 
 int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layout, bool backward);

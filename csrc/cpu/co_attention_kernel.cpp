@@ -252,6 +252,9 @@ void local(const CoAttentionForward& args, void* memory, int64_t begin, int64_t 
           const Acc* rows = Products<T>::pairs ? tile.words : tile.tokens;
           multiply_panels<V, T>(tile.count, layout.dim, Cl, {rows, layout.local},
               call.matrix(h, layout.to_value), {nullptr, 0}, {tile.values, layout.dim});
+          for (int64_t i = 0; i < tile.count; ++i) {
+            round_row<V, T>(tile.values + i * layout.dim, layout.dim);
+          }
           as_right<T>(tile.values, tile.count, layout.dim, layout.dim);
         }
         attend_to_global(call, h, tile);

@@ -114,7 +114,7 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
     transposed(layout.to_query, 0);
     transposed(layout.to_key, 1);
     transposed(layout.to_value, 2);
-    if (layout.absorbed) return;
+    if (layout.left == 0) return;
     Acc* left = call.head(h) + layout.left;
     for (int64_t row = 0; row < 3 * d; ++row) {
       const auto* from = weight + (row / d * dim + h * d + row % d) * Cl;
@@ -123,7 +123,9 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
       }
       if constexpr (Products<T>::pairs) pair_columns(left + row * layout.local, layout.local);
     }
-    pair_panels<T>(Cl, layout.dim, tile_columns<V>, call.matrix(h, layout.to_value));
+    if (!layout.absorbed) {
+      pair_panels<T>(Cl, layout.dim, tile_columns<V>, call.matrix(h, layout.to_value));
+    }
     if (layout.local_rows.depth > 0) {
       pack_panels<V, false>(left, layout.local, layout.local, 3 * d, layout.local,
           call.matrix(h, layout.local_rows));
@@ -329,8 +331,8 @@ inline void drop_columns(const AttentionDropout& dropout, int64_t image, int64_t
   }
 }
 
-// A local projection where nothing is absorbed: one head's Q, K or V of a tile, transposed, without
-// bias: (d, columns) in T's precision.
+// A local projection without its bias: one head's Q, K or V of a tile, transposed, (d, columns), in
+// T's precision where nothing is absorbed.
 template <typename T>
 inline void project_tile(const CoCall<T>& call, int64_t h, int64_t part, int64_t columns,
     const AccumulatorOf<T>* transposed, AccumulatorOf<T>* to) {
@@ -341,7 +343,9 @@ inline void project_tile(const CoCall<T>& call, int64_t h, int64_t part, int64_t
   const Acc* left = call.head(h) + layout.left + part * d * layout.local;
   multiply<false, V, typename Products<T>::type>(d, columns, depth_of<T>(call.shape.local_width),
       {left, layout.local}, {transposed, layout.tile}, {nullptr, 0}, {to, layout.tile});
-  for (int64_t c = 0; c < d; ++c) round_row<V, T>(to + c * layout.tile, columns);
+  for (int64_t c = 0; !layout.absorbed && c < d; ++c) {
+    round_row<V, T>(to + c * layout.tile, columns);
+  }
 }
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

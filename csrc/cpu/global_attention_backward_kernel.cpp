@@ -244,30 +244,11 @@ void tokens(const AttentionBackward& args, void* memory, int64_t begin, int64_t 
     Acc* grad_bias = grad_weight + width;
     for (int64_t c = 0; c < 2 * width; ++c) grad_weight[c] = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const auto [mean, rstd] = static_cast<const Moments<Acc>*>(args.moments)[first + i];
-      const T* x = static_cast<const T*>(args.x) + (first + i) * C;
-      const T* grad = static_cast<const T*>(args.grad) + (first + i) * C;
-      T* grad_x = static_cast<T*>(args.grad_x) + (first + i) * C;
-      const Acc* gy = grad_y + i * width;
-      const V centre = V::fill(mean), inverse = V::fill(rstd);
-      V sum = V::zero(), product = V::zero();
-      for_each_register<V>(C, [&](int64_t c, int64_t n) {
-        // Behind the last channel gy and the weight are 0.
-        const V normal = (load_part<V>(x + c, n) - centre) * inverse;
-        const V in = V::load(gy + c), scaled = in * V::load(weight + c);
-        sum = sum + scaled;
-        product = fma(scaled, normal, product);
-        fma(in, normal, V::load(grad_weight + c)).store(grad_weight + c);
-        (in + V::load(grad_bias + c)).store(grad_bias + c);
-      });
-      const V mean_sum = V::fill(sum_of(sum) / static_cast<Acc>(C));
-      const V mean_product = V::fill(-sum_of(product) / static_cast<Acc>(C));
-      for_each_register<V>(C, [&](int64_t c, int64_t n) {
-        const V normal = (load_part<V>(x + c, n) - centre) * inverse;
-        const V scaled = V::load(gy + c) * V::load(weight + c) - mean_sum;
-        const V branch = fma(normal, mean_product, scaled);
-        store_part(fma(branch, inverse, load_part<V>(grad + c, n)), grad_x + c, n);
-      });
+      const Moments<Acc> moments = static_cast<const Moments<Acc>*>(args.moments)[first + i];
+      const int64_t offset = (first + i) * C;
+      normalise_gradient<V>(static_cast<const T*>(args.x) + offset,
+          static_cast<const T*>(args.grad) + offset, C, moments, weight, grad_y + i * width,
+          grad_weight, grad_bias, static_cast<T*>(args.grad_x) + offset);
     }
   }
 }

@@ -2,6 +2,8 @@
 #include "cpu/co_attention.h"
 
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <tuple>
 #include <vector>
 
@@ -141,8 +143,200 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
   return {local_out, global_out, local_softmax, global_softmax, attended};
 }
 
+namespace {
+
+// Where the gradients of parameters lie in their row; see _parameter_shapes in co_attention.py.
+struct Places {
+  int64_t norm_weight, norm_bias, local_qkv, local_qkv_bias, global_qkv, global_qkv_bias;
+  int64_t local_proj, local_proj_bias, global_proj, global_proj_bias, scale, shift, end;
+
+  explicit Places(const cpu::CoAttentionShape& s) {
+    const int64_t sizes[] = {s.global_width, s.global_width, 3 * s.dim() * s.local_width,
+        3 * s.dim(), 3 * s.dim() * s.global_width, 3 * s.dim(), s.local_width * s.dim(),
+        s.local_width, s.global_width * s.dim(), s.global_width, s.local_width, s.local_width};
+    int64_t* const places[] = {&norm_weight, &norm_bias, &local_qkv, &local_qkv_bias, &global_qkv,
+        &global_qkv_bias, &local_proj, &local_proj_bias, &global_proj, &global_proj_bias, &scale,
+        &shift};
+    end = 0;
+    for (size_t i = 0; i < std::size(sizes); ++i) {
+      *places[i] = end;
+      end += sizes[i];
+    }
+  }
+};
+
+// The sums over tokens that gradients of weights are.
+template <typename Acc>
+std::vector<cpu::TokenProduct> products_of(const cpu::CoAttentionBackward& args, Acc* out) {
+  const cpu::CoAttentionShape& s = args.shape;
+  const cpu::CoAttentionLayout& layout = args.layout;
+  const Places at(s);
+  const int64_t dim = s.dim(), d = s.head_dim, Cl = s.local_width, Cg = s.global_width;
+  const int64_t M = s.batch * s.global_tokens, N = s.batch * s.local_tokens;
+  const auto values = [](const void* data) { return static_cast<const Acc*>(data); };
+  std::vector<cpu::TokenProduct> products;
+  products.push_back({.left = args.grad_global_qkv, .right = args.y, .out = out + at.global_qkv,
+      .sums = out + at.global_qkv_bias, .weights = nullptr, .tokens = M, .rows = 3 * dim,
+      .columns = Cg, .left_stride = 3 * dim, .right_stride = layout.global, .out_stride = Cg});
+  products.push_back({.left = args.grad_global, .right = args.attended_copy,
+      .out = out + at.global_proj, .sums = out + at.global_proj_bias, .weights = nullptr,
+      .tokens = M, .rows = Cg, .columns = dim, .left_stride = Cg, .right_stride = dim,
+      .out_stride = dim, .left_is_stored = true});
+  if (!layout.absorbed) {
+    products.push_back({.left = args.grad_local_qkv, .right = args.tokens,
+        .out = out + at.local_qkv, .sums = out + at.local_qkv_bias, .weights = nullptr,
+        .tokens = N, .rows = 3 * dim, .columns = Cl, .left_stride = 3 * dim,
+        .right_stride = layout.local, .out_stride = Cl});
+    products.push_back({.left = args.grad_local, .right = args.heads_out,
+        .out = out + at.local_proj, .sums = nullptr, .weights = nullptr, .tokens = N, .rows = Cl,
+        .columns = dim, .left_stride = Cl, .right_stride = dim, .out_stride = dim,
+        .left_is_stored = true});
+    return products;
+  }
+  const double scale = 1 / std::sqrt(static_cast<double>(d));
+  for (int64_t h = 0; h < s.heads; ++h) {
+    const auto sums = [&](int64_t part) {
+      return values(args.sums) + (part * s.heads + h) * M * layout.inner;
+    };
+    const Acc* global_qkv = values(args.global_qkv) + h * d;
+    const Acc* lefts[] = {global_qkv + dim, global_qkv, values(args.grad_attended) + h * d};
+    const Acc* row_sums = values(args.row_sums) + h * M;
+    const Acc* weights[] = {row_sums, nullptr, row_sums + s.heads * M};
+    for (int64_t part = 0; part < 3; ++part) {
+      const int64_t row = part * dim + h * d;
+      products.push_back({.left = lefts[part], .right = sums(part),
+          .out = out + at.local_qkv + row * Cl,
+          // The key bias adds the same to all of a query's logits.
+          .sums = part == 1 ? nullptr : out + at.local_qkv_bias + row, .weights = weights[part],
+          .tokens = M, .rows = d, .columns = Cl, .left_stride = part == 2 ? dim : 3 * dim,
+          .right_stride = layout.inner, .out_stride = Cl, .factor = part == 2 ? 1 : scale});
+    }
+    products.push_back({.left = sums(3), .right = global_qkv + 2 * dim,
+        .out = out + at.local_proj + h * d, .sums = nullptr, .weights = nullptr, .tokens = M,
+        .rows = Cl, .columns = d, .left_stride = layout.inner, .right_stride = 3 * dim,
+        .out_stride = dim});
+  }
+  return products;
+}
+
+template <typename Acc>
+void gradients_of_weights(
+    const Call& call, cpu::CoAttentionBackward& args, cpu::CoAttentionBackwardKernels kernels,
+    Acc* out) {
+  const cpu::CoAttentionShape& shape = call.shape;
+  const cpu::CoAttentionLayout& layout = call.layout;
+  const Places at(shape);
+  const int64_t dim = shape.dim(), Cl = shape.local_width, Cg = shape.global_width;
+  const std::vector<cpu::TokenProduct> products = products_of(args, out);
+  args.products = products.data();
+  int64_t tasks = 0, work = 0;
+  for (const cpu::TokenProduct& product : products) {
+    tasks += product.tasks();
+    work += product.rows * product.columns * product.tokens;
+  }
+  call.run(kernels.weights, args, tasks, work / tasks);
+  std::fill_n(out + at.local_qkv_bias + dim, dim, Acc{0});
+  const int64_t chunks = shape.batch * layout.chunks;
+  const auto* channels = static_cast<const Acc*>(args.channel_partials);
+  const int64_t places[] = {at.scale, at.shift, at.local_proj_bias};
+  for (int64_t part = 0; part < 3; ++part) {
+    sum_blocks(channels + part * layout.local, chunks, 3 * layout.local, Cl, out + places[part]);
+  }
+  const auto* norm = static_cast<const Acc*>(args.norm_partials);
+  const int64_t blocks = shape.batch * layout.row_blocks;
+  sum_blocks(norm, blocks, 2 * layout.global, Cg, out + at.norm_weight);
+  sum_blocks(norm + layout.global, blocks, 2 * layout.global, Cg, out + at.norm_bias);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_local,
+    const Tensor& grad_global, const Tensor& local, const Tensor& global,
+    const Tensor& local_softmax, const Tensor& global_softmax, const Tensor& attended,
+    int64_t num_heads, const Tensor& global_norm_weight, const Tensor& global_norm_bias,
+    const Tensor& local_qkv_weight, const Tensor& local_qkv_bias, const Tensor& global_qkv_weight,
+    const Tensor& global_qkv_bias, const Tensor& local_proj_weight, const Tensor& local_proj_bias,
+    const Tensor& global_proj_weight, const Tensor& global_proj_bias,
+    const OptionalTensor& local_scale, const OptionalTensor& local_shift, double eps,
+    double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed) {
+  const CoAttentionParameters parameters{global_norm_weight, global_norm_bias, local_qkv_weight,
+      local_qkv_bias, global_qkv_weight, global_qkv_bias, local_proj_weight, local_proj_bias,
+      global_proj_weight, global_proj_bias, local_scale, local_shift};
+  Call call(local, global, num_heads, parameters, eps, dropout_p, seed, absorbed, true);
+  const cpu::CoAttentionShape& shape = call.shape;
+  const cpu::CoAttentionLayout& layout = call.layout;
+  const int64_t B = shape.batch, N = shape.local_tokens, M = shape.global_tokens;
+  const int64_t h = shape.heads, dim = shape.dim();
+  check_shape("grad_local", grad_local, {B, N, shape.local_width});
+  check_shape("grad_global", grad_global, {B, M, shape.global_width});
+  check_same_dtype("grad_local", grad_local, "local", local);
+  check_same_dtype("grad_global", grad_global, "local", local);
+  check_shape("local_softmax", local_softmax, {B, h, N, 2});
+  check_shape("global_softmax", global_softmax, {B, h, M, 2});
+  check_shape("attended", attended, {B, M, dim});
+  for (const Tensor* saved : {&local_softmax, &global_softmax, &attended}) {
+    check(saved->scalar_type() == call.space.accumulator(), "saved: expected ",
+        torch::headeronly::toString(call.space.accumulator()), ", got ",
+        torch::headeronly::toString(saved->scalar_type()));
+  }
+  const auto like = [](const Tensor& x) {
+    return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
+  };
+  Tensor grad_local_in = like(local), grad_global_in = like(global);
+  Tensor grad_parameters = call.space.memory({Places(shape).end});
+  if (call.is_empty()) {
+    torch::stable::zero_(grad_parameters);
+    return {grad_local_in, grad_global_in, grad_parameters};
+  }
+
+  const Tensor held[] = {as_contiguous(grad_local), as_contiguous(grad_global),
+      as_contiguous(local_softmax), as_contiguous(global_softmax), as_contiguous(attended)};
+  cpu::CoAttentionBackward args{};
+  call.describe(args);
+  Workspace& space = call.space;
+  args.grad_local = held[0].const_data_ptr();
+  args.grad_global = held[1].const_data_ptr();
+  // The backward only reads them.
+  args.local_softmax = const_cast<void*>(held[2].const_data_ptr());
+  args.global_softmax = const_cast<void*>(held[3].const_data_ptr());
+  args.attended = const_cast<void*>(held[4].const_data_ptr());
+  args.y = space.held({B, M, layout.global});
+  args.moments = space.held({B, M, 2});
+  args.global_qkv = space.held({B * M * 3 * dim + cpu::lanes});
+  args.grad_attended = space.held({B * M * dim + cpu::lanes});
+  args.attended_copy = space.held({B * M * dim + cpu::lanes});
+  args.deltas = space.held({B, h, layout.rows});
+  args.partials = space.held({B, layout.chunks, h, layout.grad_partial});
+  args.row_sums = space.held({2, h, B * M});
+  args.grad_global_qkv = space.held({B, M, 3 * dim});
+  args.channel_partials = space.held({B, layout.chunks, 3, layout.local});
+  args.norm_partials = space.held({B, layout.row_blocks, 2, layout.global});
+  if (layout.absorbed) {
+    args.sums = space.held({4, h, B * M, layout.inner});
+  } else {
+    args.tokens = space.held({B, N, layout.local});
+    args.grad_local_qkv = space.held({B, N, 3 * dim});
+    args.heads_out = space.held({B * N * dim + cpu::lanes});
+  }
+  args.grad_local_in = grad_local_in.mutable_data_ptr();
+  args.grad_global_in = grad_global_in.mutable_data_ptr();
+
+  const auto kernels = cpu::co_attention_backward(cpu::capability(), space.storage);
+  call.run(kernels.pack, args, h + 1, 2 * call.pack_products());
+  call.run(kernels.prologue, args, B * h, 2 * call.prologue_products());
+  call.run(kernels.local, args, B * layout.chunks, 3 * call.local_products());
+  call.run(kernels.heads, args, B * h, 3 * M * shape.head_dim * shape.local_width);
+  call.run(kernels.finish, args, B * layout.row_blocks, 3 * call.finish_products());
+  with_accumulator(space.storage, [&](auto value) {
+    using Acc = decltype(value);
+    gradients_of_weights(call, args, kernels, static_cast<Acc*>(grad_parameters.mutable_data_ptr()));
+  });
+  return {grad_local_in, grad_global_in, grad_parameters};
+}
+
 }  // namespace dsnet
 
 STABLE_TORCH_LIBRARY_IMPL(dsnet_kernels, CPU, m) {
   m.impl("co_attention", TORCH_BOX(&dsnet::co_attention));
+  m.impl("co_attention_backward", TORCH_BOX(&dsnet::co_attention_backward));
 }

@@ -51,19 +51,6 @@ class Call : public Workspace {
   cpu::AttentionDropout dropout_;
 };
 
-// Sums the blocks in order, in double.
-template <typename Acc>
-void sum_blocks(const void* partials, int64_t blocks, int64_t stride, int64_t count, Tensor& out) {
-  Acc* to = static_cast<Acc*>(out.mutable_data_ptr());
-  for (int64_t c = 0; c < count; ++c) {
-    double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      sum += static_cast<double>(static_cast<const Acc*>(partials)[block * stride + c]);
-    }
-    to[c] = static_cast<Acc>(sum);
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
@@ -159,17 +146,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
       M * ((layout.is_few ? projection : 0) + 5 * M * d) / cut.splits);
   call.run(kernels.tokens, args, size, cut.token_blocks, cut.token_block * 3 * C * C);
   call.run(kernels.weights, args, size, cut.weight_blocks, cut.weight_block * C * all_tokens);
-  for (int part = 0; part < 2; ++part) {
-    const int64_t offset = part * layout.width, stride = 2 * layout.width;
-    Tensor& to = part == 0 ? grad_norm_weight : grad_norm_bias;
-    if (call.storage == cpu::Storage::float64) {
-      const double* from = static_cast<const double*>(args.norm_partials) + offset;
-      sum_blocks<double>(from, cut.token_blocks, stride, C, to);
-    } else {
-      const float* from = static_cast<const float*>(args.norm_partials) + offset;
-      sum_blocks<float>(from, cut.token_blocks, stride, C, to);
-    }
-  }
+  with_accumulator(call.storage, [&](auto value) {
+    using Acc = decltype(value);
+    const auto* norm = static_cast<const Acc*>(args.norm_partials);
+    const int64_t blocks = cut.token_blocks, stride = 2 * layout.width;
+    sum_blocks(norm, blocks, stride, C, static_cast<Acc*>(grad_norm_weight.mutable_data_ptr()));
+    sum_blocks(norm + layout.width, blocks, stride, C,
+        static_cast<Acc*>(grad_norm_bias.mutable_data_ptr()));
+  });
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_qkv_weight, grad_qkv_bias};
 }
 

@@ -82,4 +82,16 @@ class Workspace {
   std::vector<Tensor> held_;
 };
 
+// Sums the blocks in order, in double.
+template <typename Acc>
+void sum_blocks(const Acc* partials, int64_t blocks, int64_t stride, int64_t count, Acc* out) {
+  for (int64_t c = 0; c < count; ++c) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      sum += static_cast<double>(partials[block * stride + c]);
+    }
+    out[c] = static_cast<Acc>(sum);
+  }
+}
+
 }  // namespace dsnet

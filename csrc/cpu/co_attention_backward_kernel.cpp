@@ -1,0 +1,589 @@
+// Bidirectional co-attention, backward; compiled once per instruction set.
+//
+// One pass over the local tokens. With the softmaxes' maxima and sums from the forward both
+// directions' weights P are complete tile by tile, and with K for dropped ones and the scale of
+// kept ones (1 without dropout)
+//   dS = P∘(K∘dP − δ),  δ = Σ P∘K∘dP,  which for the global queries is Σ_c dO∘O.
+// Of each head a tile meets matrices E of M rows (see CoAttentionLayout): scores and dP are E·tileᵀ,
+// gradients of E are dS·tile or (P∘K)·tile, and those of the tile dSᵀ·E and (P∘K)ᵀ·E.
+#include "co_attention_steps.h"
+#include "token_product.h"
+
+namespace dsnet::cpu::DSNET_CPU_ARCH {
+namespace {
+
+enum Met { met_keys, met_queries, met_grad, met_values };
+
+// dS and P∘K from scores and dP, for R registers of columns that are softmaxes of their own.
+template <typename V, int R, typename Acc = typename V::Acc>
+inline void differentiate_columns(int64_t rows, Acc* scores, Acc* grads, int64_t stride,
+    const Acc* bias, const Acc* maxima, const Acc* inverses, const Acc* kept) {
+  V maximum[R], inverse[R], delta[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    maximum[r] = V::load(maxima + r * V::size);
+    inverse[r] = V::load(inverses + r * V::size);
+    delta[r] = V::zero();
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    const V b = V::fill(bias[m]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = m * stride + r * V::size;
+      const V weight = exp(V::load(scores + at) + b - maximum[r]) * inverse[r];
+      V grad = V::load(grads + at);
+      if (kept != nullptr) {
+        grad = grad * V::load(kept + at);
+        grad.store(grads + at);
+      }
+      delta[r] = fma(weight, grad, delta[r]);
+      weight.store(scores + at);
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = m * stride + r * V::size;
+      const V weight = V::load(scores + at);
+      (weight * (V::load(grads + at) - delta[r])).store(scores + at);
+      (kept == nullptr ? weight : weight * V::load(kept + at)).store(grads + at);
+    }
+  }
+}
+
+// A tile of local tokens and what belongs to it.
+template <typename Acc>
+struct Tile {
+  int64_t image, first, count, columns;
+  Acc *tokens, *transposed;            // see load_tile
+  Acc *grad, *grad_transposed;         // of the output, the same
+  Acc *scores, *grads, *kept;          // (M or row_block, tile)
+  Acc *maxima, *inverses;              // (tile)
+  Acc* part;                           // (M or tile, inner): a share of a gradient
+  Acc* out;                            // (tile, local): gradient of the tokens
+  Acc* values;                         // of one head, (d, tile)
+  // Projected, of one head: (d, tile), then (tile, dim).
+  Acc *queries, *keys, *grad_heads;
+  Acc *query_rows, *key_rows, *grad_rows, *heads_out, *grad_q, *grad_k, *grad_v;
+  Acc* grad_qkv;  // (tile, head)
+};
+
+// A chunk's gradients of one head.
+template <typename T>
+AccumulatorOf<T>* partial_of(const CoCall<T>& call, const CoAttentionBackward& args, int64_t image,
+    int64_t chunk, int64_t h) {
+  const int64_t index = (image * call.layout.chunks + chunk) * call.shape.heads + h;
+  return static_cast<AccumulatorOf<T>*>(args.partials) + index * call.layout.grad_partial;
+}
+
+// Adds a · b to sums, both (rows, columns) next to each other, with few roundings.
+template <typename V, typename Acc = typename V::Acc>
+inline void add_product(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    Matrix<const Acc> b, Acc* part, Acc* sums) {
+  multiply<false, V>(rows, columns, depth, a, b, {nullptr, 0}, {part, columns});
+  for (int64_t c = 0; c < rows * columns; c += V::size) {
+    (V::load(sums + c) + V::load(part + c)).store(sums + c);
+  }
+}
+
+// The same for the transpose of a, in blocks of the depth; `sums` begins with the first product.
+template <typename V, typename Acc = typename V::Acc>
+inline void add_transposed(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    Matrix<const Acc> b, Acc* part, Acc* sums, bool begins) {
+  for (int64_t first = 0; first < depth; first += CoAttentionLayout::row_block) {
+    const int64_t count = smaller(CoAttentionLayout::row_block, depth - first);
+    multiply<true, V>(rows, columns, count, {a.data + first * a.stride, a.stride},
+        {b.data + first * b.stride, b.stride}, {nullptr, 0}, {begins ? sums : part, columns});
+    for (int64_t c = 0; !begins && c < rows * columns; c += V::size) {
+      (V::load(sums + c) + V::load(part + c)).store(sums + c);
+    }
+    begins = false;
+  }
+}
+
+// Gradients through the attention of the tile's local tokens to the global ones.
+template <typename T>
+void global_keys(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile,
+    AccumulatorOf<T>* partial, bool is_first) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t M = call.shape.global_tokens, N = call.shape.local_tokens;
+  const int64_t inner = layout.inner, stride = layout.tile;
+  const Acc *keys = call.met(tile.image, h, met_keys), *values = call.met(tile.image, h, met_values);
+  multiply<false, V>(M, tile.columns, layout.depth, {keys, inner},
+      {layout.absorbed ? tile.transposed : tile.queries, stride}, {nullptr, 0},
+      {tile.scores, stride});
+  multiply<false, V>(M, tile.columns, layout.depth, {values, inner},
+      {layout.absorbed ? tile.grad_transposed : tile.grad_heads, stride}, {nullptr, 0},
+      {tile.grads, stride});
+  const Acc* softmax = static_cast<const Acc*>(call.args.local_softmax) +
+                       ((tile.image * call.shape.heads + h) * N + tile.first) * 2;
+  for (int64_t i = 0; i < tile.columns; ++i) {
+    // Weights behind the last token are 0.
+    tile.maxima[i] = i < tile.count ? softmax[2 * i] : static_cast<Acc>(1e30);
+    tile.inverses[i] = i < tile.count ? Acc{1} / softmax[2 * i + 1] : Acc{0};
+  }
+  const AttentionDropout& dropout = call.args.dropout;
+  if (dropout.p > 0) {
+    const Acc keep = static_cast<Acc>(1.0 / (1.0 - dropout.p));
+    for (int64_t i = 0; i < M * stride; ++i) tile.kept[i] = keep;
+    drop_columns(dropout, tile.image, h, tile.first, tile.count, M, tile.kept, stride);
+  }
+  const Acc* bias = call.score_bias(tile.image, h);
+  const auto columns = [&](auto R, int64_t j) {
+    const Acc* kept = dropout.p > 0 ? tile.kept + j : nullptr;
+    differentiate_columns<V, decltype(R)::value>(M, tile.scores + j, tile.grads + j, stride, bias,
+        tile.maxima + j, tile.inverses + j, kept);
+  };
+  int64_t j = 0;
+  for (; j + 3 * V::size <= tile.columns; j += 3 * V::size) columns(Constant<3>{}, j);
+  for (; j < tile.columns; j += V::size) columns(Constant<1>{}, j);
+
+  const int64_t matrices = layout.absorbed ? 4 : 3;
+  Acc *grad_bias = partial + matrices * M * inner, *grad_values = partial + (matrices - 1) * M * inner;
+  for (int64_t m = 0; m < M; ++m) {
+    V sum = V::zero();
+    for (j = 0; j < tile.columns; j += V::size) {
+      sum = sum + V::load(tile.scores + m * stride + j);
+    }
+    grad_bias[m] += sum_of(sum);
+  }
+  if (layout.absorbed) {
+    add_product<V>(M, inner, tile.count, {tile.scores, stride}, {tile.tokens, inner}, tile.part,
+        partial);
+    add_product<V>(M, inner, tile.count, {tile.grads, stride}, {tile.grad, inner}, tile.part,
+        grad_values);
+    add_transposed<V>(tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.part,
+        tile.out, is_first);
+    return;
+  }
+  add_product<V>(M, inner, tile.count, {tile.scores, stride}, {tile.query_rows, inner}, tile.part,
+      partial);
+  add_product<V>(M, inner, tile.count, {tile.grads, stride}, {tile.grad_rows, inner}, tile.part,
+      grad_values);
+  add_transposed<V>(tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.part,
+      tile.grad_q, true);
+  add_transposed<V>(tile.count, inner, M, {tile.grads, stride}, {values, inner}, tile.part,
+      tile.heads_out, true);
+}
+
+// Gradients through the attention of the global tokens to the tile's local ones.
+template <typename T>
+void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t h,
+    const Tile<AccumulatorOf<T>>& tile, AccumulatorOf<T>* partial) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t M = call.shape.global_tokens, inner = layout.inner, stride = layout.tile;
+  const int64_t index = tile.image * call.shape.heads + h;
+  const Acc* softmax = static_cast<const Acc*>(call.args.global_softmax) + index * M * 2;
+  const Acc* delta = static_cast<const Acc*>(args.deltas) + index * layout.rows;
+  Acc* kept_sums = partial + (layout.absorbed ? 4 : 3) * M * inner + layout.rows;
+  const AttentionDropout& dropout = call.args.dropout;
+  const Acc keep = static_cast<Acc>(1.0 / (1.0 - dropout.p));
+  const Acc* token_scores = layout.absorbed ? tile.transposed : tile.keys;
+  const int64_t dim = call.shape.dim(), d = call.shape.head_dim;
+  const Acc* grad_attended =
+      static_cast<const Acc*>(args.grad_attended) + tile.image * M * dim + h * d;
+  for (int64_t first = 0; first < M; first += CoAttentionLayout::row_block) {
+    const int64_t rows = smaller(CoAttentionLayout::row_block, M - first);
+    const Acc* queries = call.met(tile.image, h, met_queries) + first * inner;
+    const Acc* grad = call.met(tile.image, h, met_grad) + first * inner;
+    multiply<false, V>(rows, tile.columns, layout.depth, {queries, inner}, {token_scores, stride},
+        {nullptr, 0}, {tile.scores, stride});
+    multiply<false, V>(rows, tile.columns, d, {grad_attended + first * dim, dim},
+        {tile.values, stride}, {nullptr, 0}, {tile.grads, stride});
+    for (int64_t m = 0; m < rows; ++m) {
+      Acc *row = tile.scores + m * stride, *row_grad = tile.grads + m * stride;
+      const V maximum = V::fill(softmax[2 * (first + m)]);
+      const V inverse = V::fill(Acc{1} / softmax[2 * (first + m) + 1]);
+      const V mean = V::fill(delta[first + m]);
+      if (dropout.p == 0) {
+        for (int64_t j = 0; j < tile.columns; j += V::size) {
+          const V weight = exp(V::load(row + j) - maximum) * inverse;
+          (weight * (V::load(row_grad + j) - mean)).store(row + j);
+          weight.store(row_grad + j);
+        }
+        continue;
+      }
+      for (int64_t j = 0; j < tile.columns; ++j) tile.kept[j] = keep;
+      drop(dropout, tile.image, call.shape.heads + h, first + m, tile.first, tile.count, tile.kept);
+      for (int64_t j = 0; j < tile.columns; j += V::size) {
+        const V weight = exp(V::load(row + j) - maximum) * inverse;
+        const V kept = V::load(tile.kept + j);
+        (weight * (V::load(row_grad + j) * kept - mean)).store(row + j);
+        (weight * kept).store(row_grad + j);
+      }
+      fill_rest<V>(row_grad, tile.count, tile.columns, Acc{0});
+      V sum = V::zero();
+      for (int64_t j = 0; j < tile.columns; j += V::size) sum = sum + V::load(row_grad + j);
+      kept_sums[first + m] += sum_of(sum);
+    }
+    Acc* grad_queries = partial + (M + first) * inner;
+    const Acc* rows_of_keys = layout.absorbed ? tile.tokens : tile.key_rows;
+    add_product<V>(rows, inner, tile.count, {tile.scores, stride}, {rows_of_keys, inner}, tile.part,
+        grad_queries);
+    if (layout.absorbed) {
+      add_product<V>(rows, inner, tile.count, {tile.grads, stride}, {tile.tokens, inner}, tile.part,
+          grad_queries + M * inner);
+    }
+    const bool begins = first == 0 && !layout.absorbed;
+    Acc *grad_k = layout.absorbed ? tile.out : tile.grad_k;
+    Acc *grad_v = layout.absorbed ? tile.out : tile.grad_v;
+    add_transposed<V>(tile.count, inner, rows, {tile.scores, stride}, {queries, inner}, tile.part,
+        grad_k, begins);
+    add_transposed<V>(tile.count, inner, rows, {tile.grads, stride}, {grad, inner}, tile.part,
+        grad_v, begins);
+  }
+}
+
+// One head's local values with their bias, summed as the forward does.
+template <typename T>
+void project_values(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
+  using V = typename Register<T>::type;
+  project_tile(call, h, 2, tile.columns, tile.transposed, tile.values);
+  for (int64_t c = 0; c < call.shape.head_dim; ++c) {
+    const V bias = V::fill(call.value_bias(h)[c]);
+    for (int64_t j = 0; j < tile.columns; j += V::size) {
+      typename V::Acc* value = tile.values + c * call.layout.tile + j;
+      (V::load(value) + bias).store(value);
+    }
+  }
+}
+
+// One head's other projections of the tile, both ways round.
+template <typename T>
+void project(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
+  using V = typename Register<T>::type;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t d = call.shape.head_dim, stride = layout.tile, dim = layout.dim;
+  project_tile(call, h, 0, tile.columns, tile.transposed, tile.queries);
+  project_tile(call, h, 1, tile.columns, tile.transposed, tile.keys);
+  multiply<false, V>(d, tile.columns, call.shape.local_width,
+      {call.head(h) + layout.left_proj, layout.local}, {tile.grad_transposed, stride}, {nullptr, 0},
+      {tile.grad_heads, stride});
+  transpose(d, tile.columns, tile.queries, stride, tile.query_rows, dim);
+  transpose(d, tile.columns, tile.keys, stride, tile.key_rows, dim);
+  transpose(d, tile.columns, tile.grad_heads, stride, tile.grad_rows, dim);
+}
+
+// From the gradients of one head's projections to those of the tokens, and to memory.
+template <typename T>
+void unproject(const CoCall<T>& call, const CoAttentionBackward& args, int64_t h,
+    const Tile<AccumulatorOf<T>>& tile) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t d = call.shape.head_dim, dim = call.shape.dim(), row = tile.image * call.shape.local_tokens + tile.first;
+  Acc* grad_qkv = static_cast<Acc*>(args.grad_local_qkv) + row * 3 * dim + h * d;
+  const Acc* parts[3] = {tile.grad_q, tile.grad_k, tile.grad_v};
+  for (int64_t part = 0; part < 3; ++part) {
+    copy_columns(tile.count, d, parts[part], layout.dim, tile.grad_qkv + part * d, layout.head);
+    copy_columns(tile.count, d, parts[part], layout.dim, grad_qkv + part * dim, 3 * dim);
+  }
+  copy_columns(tile.count, d, tile.heads_out, layout.dim,
+      static_cast<Acc*>(args.heads_out) + row * dim + h * d, dim);
+  multiply_panels<V>(tile.count, layout.local, 3 * d, {tile.grad_qkv, layout.head},
+      call.matrix(h, layout.local_rows), {h > 0 ? tile.out : nullptr, layout.local},
+      {tile.out, layout.local});
+}
+
+// The output's gradient of a tile: (tile, local) and (Cl, tile), zero behind the last token.
+template <typename T>
+void load_gradient(
+    const CoCall<T>& call, const CoAttentionBackward& args, const Tile<AccumulatorOf<T>>& tile) {
+  using V = typename Register<T>::type;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t Cl = call.shape.local_width, stride = layout.local;
+  const T* grad =
+      static_cast<const T*>(args.grad_local) + call.local_offset(tile.image, tile.first);
+  for (int64_t i = 0; i < tile.count; ++i) {
+    for_each_register<V>(Cl, [&](int64_t c, int64_t n) {
+      load_part<V>(grad + i * Cl + c, n).store(tile.grad + i * stride + c);
+    });
+    for (int64_t c = (Cl + V::size - 1) / V::size * V::size; c < stride; ++c) {
+      tile.grad[i * stride + c] = 0;
+    }
+  }
+  for (int64_t i = tile.count * stride; i < tile.columns * stride; ++i) tile.grad[i] = 0;
+  transpose(tile.columns, Cl, tile.grad, stride, tile.grad_transposed, layout.tile);
+}
+
+// Writes the gradient of the local stream and adds the tile's share of the channels' gradients.
+template <typename T>
+void store_gradient(const CoCall<T>& call, const CoAttentionBackward& args,
+    const Tile<AccumulatorOf<T>>& tile, AccumulatorOf<T>* channels) {
+  using V = typename Register<T>::type;
+  const int64_t Cl = call.shape.local_width, stride = call.layout.local;
+  const int64_t offset = call.local_offset(tile.image, tile.first);
+  const T* x = static_cast<const T*>(args.local) + offset;
+  T* out = static_cast<T*>(args.grad_local_in) + offset;
+  for_each_register<V>(Cl, [&](int64_t c, int64_t n) {
+    const V scale = V::load(call.local_scale() + c);
+    V sums[3] = {V::zero(), V::zero(), V::zero()};
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const V grad = V::load(tile.grad + i * stride + c), inside = V::load(tile.out + i * stride + c);
+      sums[0] = fma(load_part<V>(x + i * Cl + c, n), inside, sums[0]);
+      sums[1] = sums[1] + inside;
+      sums[2] = sums[2] + grad;
+      store_part(fma(inside, scale, grad), out + i * Cl + c, n);
+    }
+    for (int64_t part = 0; part < 3; ++part) {
+      typename V::Acc* to = channels + part * stride + c;
+      (V::load(to) + sums[part]).store(to);
+    }
+  });
+}
+
+template <typename T>
+void local(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
+  using Acc = AccumulatorOf<T>;
+  const CoCall<T> call(args);
+  const CoAttentionLayout& layout = call.layout;
+  const CoAttentionShape& shape = args.shape;
+  const int64_t N = shape.local_tokens, M = shape.global_tokens, d = shape.head_dim;
+  Scratch<Acc> scratch(memory);
+  Tile<Acc> tile{};
+  const int64_t most_rows = M > CoAttentionLayout::row_block ? M : CoAttentionLayout::row_block;
+  const int64_t of_tokens = layout.tile * layout.local, of_scores = most_rows * layout.tile;
+  tile.tokens = scratch.take(of_tokens);
+  tile.grad = scratch.take(of_tokens);
+  tile.out = scratch.take(of_tokens);
+  tile.transposed = scratch.take(padded(shape.local_width) * layout.tile);
+  tile.grad_transposed = scratch.take(padded(shape.local_width) * layout.tile);
+  tile.scores = scratch.take(of_scores);
+  tile.grads = scratch.take(of_scores);
+  tile.kept = scratch.take(of_scores);
+  tile.maxima = scratch.take(layout.tile);
+  tile.inverses = scratch.take(layout.tile);
+  tile.part = scratch.take(most_rows * layout.inner);  // A tile is no longer than a block of rows.
+  tile.values = scratch.take(d * layout.tile);
+  if (!layout.absorbed) {
+    Acc** const transposed[] = {&tile.queries, &tile.keys, &tile.grad_heads};
+    for (Acc** each : transposed) *each = scratch.take(d * layout.tile);
+    Acc** const rows[] = {&tile.query_rows, &tile.key_rows, &tile.grad_rows, &tile.heads_out,
+        &tile.grad_q, &tile.grad_k, &tile.grad_v};
+    for (Acc** each : rows) {
+      *each = scratch.take(layout.tile * layout.dim);
+      // Columns behind the last channel are never written.
+      for (int64_t i = 0; i < layout.tile * layout.dim; ++i) (*each)[i] = 0;
+    }
+    tile.grad_qkv = scratch.take(layout.tile * layout.head);
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    tile.image = task / layout.chunks;
+    const int64_t chunk = task % layout.chunks, chunk_first = chunk * layout.chunk_tokens;
+    const int64_t last = smaller(N, chunk_first + layout.chunk_tokens);
+    Acc* partials = partial_of(call, args, tile.image, chunk, 0);
+    for (int64_t i = 0; i < shape.heads * layout.grad_partial; ++i) partials[i] = 0;
+    Acc* channels = static_cast<Acc*>(args.channel_partials) + task * 3 * layout.local;
+    for (int64_t i = 0; i < 3 * layout.local; ++i) channels[i] = 0;
+    for (tile.first = chunk_first; tile.first < last; tile.first += layout.tile) {
+      tile.count = smaller(layout.tile, last - tile.first);
+      tile.columns = padded(tile.count);
+      load_tile(call, tile.image, tile.first, tile.count, tile.tokens, tile.transposed);
+      load_gradient(call, args, tile);
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        project_values(call, h, tile);
+        if (!layout.absorbed) project(call, h, tile);
+        Acc* partial = partial_of(call, args, tile.image, chunk, h);
+        global_keys(call, h, tile, partial, h == 0);
+        local_keys(call, args, h, tile, partial);
+        if (!layout.absorbed) unproject(call, args, h, tile);
+      }
+      store_gradient(call, args, tile, channels);
+      if (layout.absorbed) continue;
+      copy_columns(tile.count, layout.local, tile.tokens, layout.local,
+          static_cast<Acc*>(args.tokens) + (tile.image * N + tile.first) * layout.local,
+          layout.local);
+    }
+  }
+}
+
+template <typename T>
+void prologue(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoCall<T> call(args);
+  const CoAttentionLayout& layout = call.layout;
+  const CoAttentionShape& shape = args.shape;
+  const int64_t M = shape.global_tokens, Cg = shape.global_width, d = shape.head_dim;
+  const int64_t dim = shape.dim(), inner = layout.inner;
+  Scratch<Acc> scratch(memory);
+  Acc* y = scratch.take(M * layout.global);
+  Acc* grad = scratch.take(M * layout.global);
+  Acc* qkv = scratch.take(M * layout.head);
+  Acc* grad_heads = scratch.take(M * layout.dim);
+  auto* moments = reinterpret_cast<Moments<Acc>*>(scratch.take(2 * M));
+  int64_t prepared = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / shape.heads, h = task % shape.heads;
+    if (image != prepared) {
+      normalise_rows<V>(call.global(image, 0), M, Cg, layout.global, static_cast<Acc>(args.eps),
+          call.norm_weight(), call.norm_bias(), y, moments);
+      const T* from = static_cast<const T*>(args.grad_global) + call.global_offset(image, 0);
+      for (int64_t m = 0; m < M; ++m) {
+        for_each_register<V>(Cg, [&](int64_t c, int64_t n) {
+          load_part<V>(from + m * Cg + c, n).store(grad + m * layout.global + c);
+        });
+      }
+      prepared = image;
+    }
+    if (h == 0) {
+      copy_columns(M, layout.global, y, layout.global,
+          static_cast<Acc*>(args.y) + image * M * layout.global, layout.global);
+      for (int64_t m = 0; m < M; ++m) {
+        static_cast<Moments<Acc>*>(args.moments)[image * M + m] = moments[m];
+      }
+    }
+    meet(call, image, h, y, qkv, static_cast<Acc*>(args.global_qkv) + image * M * 3 * dim,
+        met_values);
+    multiply_panels<V>(M, layout.dim, Cg, {grad, layout.global},
+        call.matrix(h, layout.global_attended), {nullptr, 0}, {grad_heads, layout.dim});
+    const int64_t offset = image * M * dim + h * d;
+    copy_columns(M, d, grad_heads, layout.dim, static_cast<Acc*>(args.grad_attended) + offset, dim);
+    const Acc* attended = static_cast<const Acc*>(args.attended) + offset;
+    copy_columns(M, d, attended, dim, static_cast<Acc*>(args.attended_copy) + offset, dim);
+    // Summed as the products with single tokens are: where one has all the weight both are equal.
+    Acc* delta = static_cast<Acc*>(args.deltas) + task * layout.rows;
+    for (int64_t m = 0; m < M; ++m) {
+      V sum = V::zero();
+      for (int64_t c = 0; c < d; ++c) {
+        sum = fma(V::fill(grad_heads[m * layout.dim + c]), V::fill(attended[m * dim + c]), sum);
+      }
+      Acc lanes_of_sum[V::size];
+      sum.store(lanes_of_sum);
+      delta[m] = lanes_of_sum[0];
+    }
+    Acc* meeting = call.met(image, h, met_grad);
+    if (layout.absorbed) {
+      multiply_panels<V>(M, inner, d, {grad_heads, layout.dim}, call.matrix(h, layout.value),
+          {nullptr, 0}, {meeting, inner});
+    } else {
+      copy_columns(M, inner, grad_heads, layout.dim, meeting, inner);
+    }
+  }
+}
+
+// Joins the chunks' gradients of one head, and leads them to the global Q, K and V.
+template <typename T>
+void heads(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoCall<T> call(args);
+  const CoAttentionLayout& layout = call.layout;
+  const CoAttentionShape& shape = args.shape;
+  const int64_t M = shape.global_tokens, Cl = shape.local_width, d = shape.head_dim;
+  const int64_t dim = shape.dim(), inner = layout.inner, matrices = layout.absorbed ? 4 : 3;
+  const int64_t tokens = shape.batch * M;
+  Scratch<Acc> scratch(memory);
+  Acc* sums = scratch.take(M * inner);
+  Acc* grads = scratch.take(M * layout.dim);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / shape.heads, h = task % shape.heads;
+    const auto add_chunks = [&](int64_t offset, int64_t count, Acc* to) {
+      for (int64_t c = 0; c < count; c += V::size) {
+        V sum = V::load(partial_of(call, args, image, 0, h) + offset + c);
+        for (int64_t chunk = 1; chunk < layout.chunks; ++chunk) {
+          sum = sum + V::load(partial_of(call, args, image, chunk, h) + offset + c);
+        }
+        sum.store(to + c);
+      }
+    };
+    Acc* row_sums = static_cast<Acc*>(args.row_sums);
+    for (int64_t part = 0; part < 2; ++part) {
+      add_chunks(matrices * M * inner + part * layout.rows, layout.rows, grads);
+      Acc* to = row_sums + (part * shape.heads + h) * tokens + image * M;
+      for (int64_t m = 0; m < M; ++m) to[m] = part == 1 && args.dropout.p == 0 ? Acc{1} : grads[m];
+    }
+    const Acc* grad_bias = row_sums + h * tokens + image * M;
+    const Acc* query_bias = call.query_bias(h);
+    for (int64_t part = 0; part < matrices; ++part) {
+      Acc* to = sums;
+      if (layout.absorbed) {
+        to = static_cast<Acc*>(args.sums) + ((part * shape.heads + h) * tokens + image * M) * inner;
+      }
+      add_chunks(part * M * inner, M * inner, to);
+      const bool is_values = part == matrices - 1;
+      if (layout.absorbed && part == met_grad) continue;
+      const Acc* from = to;
+      if (layout.absorbed) {
+        const PackedMatrix& matrix = is_values          ? layout.to_attended
+                                     : part == met_keys ? layout.to_query
+                                                        : layout.to_key;
+        multiply_panels<V>(M, layout.dim, Cl, {to, inner}, call.matrix(h, matrix), {nullptr, 0},
+            {grads, layout.dim});
+        from = grads;
+      }
+      // Rows of the projection are Q, K and V.
+      const int64_t column = (is_values ? 2 : part == met_keys ? 1 : 0) * dim + h * d;
+      const Acc factor = is_values ? Acc{1} : call.scale;
+      Acc* grad_qkv = static_cast<Acc*>(args.grad_global_qkv) + image * M * 3 * dim + column;
+      for (int64_t m = 0; m < M; ++m) {
+        const Acc bias = part == met_keys ? grad_bias[m] : Acc{0};
+        for (int64_t c = 0; c < d; ++c) {
+          grad_qkv[m * 3 * dim + c] = factor * (from[m * layout.dim + c] + bias * query_bias[c]);
+        }
+      }
+    }
+  }
+}
+
+// Gradients of a block of global tokens, and the block's share of those of the norm.
+template <typename T>
+void finish(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoCall<T> call(args);
+  const CoAttentionLayout& layout = call.layout;
+  const CoAttentionShape& shape = args.shape;
+  const int64_t M = shape.global_tokens, Cg = shape.global_width, dim = shape.dim();
+  constexpr int64_t block = CoAttentionLayout::finish_block;
+  Scratch<Acc> scratch(memory);
+  Acc* grad_y = scratch.take(block * layout.global);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / layout.row_blocks, first = task % layout.row_blocks * block;
+    const int64_t rows = smaller(block, M - first), row = image * M + first;
+    multiply_panels<V>(rows, layout.global, 3 * dim,
+        {static_cast<const Acc*>(args.grad_global_qkv) + row * 3 * dim, 3 * dim},
+        call.packed() + layout.global_rows.offset, {nullptr, 0}, {grad_y, layout.global});
+    Acc* norm = static_cast<Acc*>(args.norm_partials) + task * 2 * layout.global;
+    for (int64_t c = 0; c < 2 * layout.global; ++c) norm[c] = 0;
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t offset = (row + m) * Cg;
+      normalise_gradient<V>(static_cast<const T*>(args.global) + offset,
+          static_cast<const T*>(args.grad_global) + offset, Cg,
+          static_cast<const Moments<Acc>*>(args.moments)[row + m], call.norm_weight(),
+          grad_y + m * layout.global, norm, norm + layout.global,
+          static_cast<T*>(args.grad_global_in) + offset);
+    }
+  }
+}
+
+template <typename T>
+void weights(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
+  for (const TokenProduct* product = args.products; begin < end; ++product) {
+    const int64_t tasks = product->tasks();
+    if (begin < tasks) token_product<T>(*product, memory, begin, smaller(end, tasks));
+    begin = begin > tasks ? begin - tasks : 0;
+    end -= tasks;
+  }
+}
+
+template <typename T>
+constexpr CoAttentionBackwardKernels kernels{
+    pack<T, CoAttentionBackward>, prologue<T>, local<T>, heads<T>, finish<T>, weights<T>};
+
+}  // namespace
+
+CoAttentionBackwardKernels co_attention_backward(Storage storage) {
+  switch (storage) {
+    case Storage::float32: return kernels<float>;
+    case Storage::bfloat16: return kernels<bfloat16>;
+    case Storage::float64: return kernels<double>;
+  }
+  return {};
+}
+
+}  // namespace dsnet::cpu::DSNET_CPU_ARCH
