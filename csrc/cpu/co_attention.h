@@ -92,8 +92,8 @@ struct CoAttentionLayout {
   int64_t met_matrices = 0, met = 0;
   // A chunk's share of one head: maxima, sums, kept sums, what the queries have attended to.
   int64_t partial = 0;
-  // The same of gradients: of keys, queries, attended (absorbed) and values; of the scores' bias,
-  // and kept sums.
+  // The same of gradients: of keys, queries, attended (absorbed) and values; then row sums: of both
+  // scores' gradients, and of the kept weights of global queries.
   int64_t grad_partial = 0;
 
   int64_t met_offset(int64_t matrix, int64_t tokens) const { return matrix * tokens * inner; }
@@ -146,7 +146,7 @@ struct CoAttentionLayout {
     met_matrices = is_backward ? 4 : 3;
     met = met_matrices * M * inner + rows;
     partial = 3 * rows + M * inner;
-    grad_partial = (absorbed ? 4 : 3) * M * inner + 2 * rows;
+    grad_partial = (absorbed ? 4 : 3) * M * inner + 3 * rows;
   }
 };
 
@@ -201,7 +201,7 @@ struct CoAttentionBackward : CoAttentionCall {
   void* deltas;             // (B, h, layout.rows): Σ of gradient times attended
   void* partials;           // (B, chunks, h, layout.grad_partial)
   void* sums;               // (4, h, B · M, layout.inner), as in a partial; absorbed
-  void* row_sums;           // (2, h, B · M): gradient of the scores' bias, kept sums
+  void* row_sums;           // (3, h, B · M), as in a partial
   void* grad_global_qkv;    // (B, M, 3·dim)
   void* channel_partials;   // (B, chunks, 3, layout.local): of scale, shift, output bias
   void* norm_partials;      // (B, row_blocks, 2, layout.global): of weight and bias

@@ -179,7 +179,8 @@ void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t 
   const int64_t index = tile.image * call.shape.heads + h;
   const Acc* softmax = static_cast<const Acc*>(call.args.global_softmax) + index * M * 2;
   const Acc* delta = static_cast<const Acc*>(args.deltas) + index * layout.rows;
-  Acc* kept_sums = partial + (layout.absorbed ? 4 : 3) * M * inner + layout.rows;
+  Acc* score_sums = partial + (layout.absorbed ? 4 : 3) * M * inner + layout.rows;
+  Acc* kept_sums = score_sums + layout.rows;
   const AttentionDropout& dropout = call.args.dropout;
   const Acc keep = static_cast<Acc>(1.0 / (1.0 - dropout.p));
   const Acc* token_scores = layout.absorbed ? tile.transposed : tile.keys;
@@ -199,26 +200,26 @@ void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t 
       const V maximum = V::fill(softmax[2 * (first + m)]);
       const V inverse = V::fill(Acc{1} / softmax[2 * (first + m) + 1]);
       const V mean = V::fill(delta[first + m]);
-      if (dropout.p == 0) {
-        for (int64_t j = 0; j < tile.columns; j += V::size) {
-          const V weight = exp(V::load(row + j) - maximum) * inverse;
-          (weight * (V::load(row_grad + j) - mean)).store(row + j);
-          weight.store(row_grad + j);
-        }
-        continue;
+      if (dropout.p > 0) {
+        for (int64_t j = 0; j < tile.columns; ++j) tile.kept[j] = keep;
+        drop(dropout, tile.image, call.shape.heads + h, first + m, tile.first, tile.count,
+            tile.kept);
       }
-      for (int64_t j = 0; j < tile.columns; ++j) tile.kept[j] = keep;
-      drop(dropout, tile.image, call.shape.heads + h, first + m, tile.first, tile.count, tile.kept);
+      V score_sum = V::zero(), kept_sum = V::zero();
       for (int64_t j = 0; j < tile.columns; j += V::size) {
-        const V weight = exp(V::load(row + j) - maximum) * inverse;
-        const V kept = V::load(tile.kept + j);
-        (weight * (V::load(row_grad + j) * kept - mean)).store(row + j);
-        (weight * kept).store(row_grad + j);
+        V weight = exp(V::load(row + j) - maximum) * inverse;
+        if (j + V::size > tile.count) weight = weight.with_rest(tile.count - j, V::zero());
+        V score = V::load(row_grad + j);
+        if (dropout.p > 0) score = score * V::load(tile.kept + j);
+        score = weight * (score - mean);
+        if (dropout.p > 0) weight = weight * V::load(tile.kept + j);
+        score_sum = score_sum + score;
+        kept_sum = kept_sum + weight;
+        score.store(row + j);
+        weight.store(row_grad + j);
       }
-      fill_rest<V>(row_grad, tile.count, tile.columns, Acc{0});
-      V sum = V::zero();
-      for (int64_t j = 0; j < tile.columns; j += V::size) sum = sum + V::load(row_grad + j);
-      kept_sums[first + m] += sum_of(sum);
+      score_sums[first + m] += sum_of(score_sum);
+      kept_sums[first + m] += sum_of(kept_sum);
     }
     Acc* grad_queries = partial + (M + first) * inner;
     const Acc* rows_of_keys = layout.absorbed ? tile.tokens : tile.key_rows;
@@ -492,10 +493,9 @@ void heads(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t
       }
     };
     Acc* row_sums = static_cast<Acc*>(args.row_sums);
-    for (int64_t part = 0; part < 2; ++part) {
+    for (int64_t part = 0; part < 3; ++part) {
       add_chunks(matrices * M * inner + part * layout.rows, layout.rows, grads);
-      Acc* to = row_sums + (part * shape.heads + h) * tokens + image * M;
-      for (int64_t m = 0; m < M; ++m) to[m] = part == 1 && args.dropout.p == 0 ? Acc{1} : grads[m];
+      copy_columns(1, M, grads, M, row_sums + (part * shape.heads + h) * tokens + image * M, M);
     }
     const Acc* grad_bias = row_sums + h * tokens + image * M;
     const Acc* query_bias = call.query_bias(h);

@@ -167,7 +167,7 @@ CASE = OpCase(
     options={
         "absorbed": {"absorbed": True},
         "projected": {"absorbed": False},
-        "logits around 100": {"logits": 30.0},
+        "logits around 30": {"logits": 10.0},
         "no affine": {"affine": False},
         "dropout, absorbed": {"dropout_p": 0.25, "seed": SEED, "absorbed": True},
         "dropout, projected": {"dropout_p": 0.25, "seed": SEED, "absorbed": False},

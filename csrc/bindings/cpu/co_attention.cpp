@@ -200,14 +200,12 @@ std::vector<cpu::TokenProduct> products_of(const cpu::CoAttentionBackward& args,
     };
     const Acc* global_qkv = values(args.global_qkv) + h * d;
     const Acc* lefts[] = {global_qkv + dim, global_qkv, values(args.grad_attended) + h * d};
-    const Acc* row_sums = values(args.row_sums) + h * M;
-    const Acc* weights[] = {row_sums, nullptr, row_sums + s.heads * M};
     for (int64_t part = 0; part < 3; ++part) {
       const int64_t row = part * dim + h * d;
       products.push_back({.left = lefts[part], .right = sums(part),
           .out = out + at.local_qkv + row * Cl,
-          // The key bias adds the same to all of a query's logits.
-          .sums = part == 1 ? nullptr : out + at.local_qkv_bias + row, .weights = weights[part],
+          .sums = out + at.local_qkv_bias + row,
+          .weights = values(args.row_sums) + (part * s.heads + h) * M,
           .tokens = M, .rows = d, .columns = Cl, .left_stride = part == 2 ? dim : 3 * dim,
           .right_stride = layout.inner, .out_stride = Cl, .factor = part == 2 ? 1 : scale});
     }
@@ -226,7 +224,7 @@ void gradients_of_weights(
   const cpu::CoAttentionShape& shape = call.shape;
   const cpu::CoAttentionLayout& layout = call.layout;
   const Places at(shape);
-  const int64_t dim = shape.dim(), Cl = shape.local_width, Cg = shape.global_width;
+  const int64_t Cl = shape.local_width, Cg = shape.global_width;
   const std::vector<cpu::TokenProduct> products = products_of(args, out);
   args.products = products.data();
   int64_t tasks = 0, work = 0;
@@ -235,7 +233,6 @@ void gradients_of_weights(
     work += product.rows * product.columns * product.tokens;
   }
   call.run(kernels.weights, args, tasks, work / tasks);
-  std::fill_n(out + at.local_qkv_bias + dim, dim, Acc{0});
   const int64_t chunks = shape.batch * layout.chunks;
   const auto* channels = static_cast<const Acc*>(args.channel_partials);
   const int64_t places[] = {at.scale, at.shift, at.local_proj_bias};
@@ -307,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   args.attended_copy = space.held({B * M * dim + cpu::lanes});
   args.deltas = space.held({B, h, layout.rows});
   args.partials = space.held({B, layout.chunks, h, layout.grad_partial});
-  args.row_sums = space.held({2, h, B * M});
+  args.row_sums = space.held({3, h, B * M});
   args.grad_global_qkv = space.held({B, M, 3 * dim});
   args.channel_partials = space.held({B, layout.chunks, 3, layout.local});
   args.norm_partials = space.held({B, layout.row_blocks, 2, layout.global});
