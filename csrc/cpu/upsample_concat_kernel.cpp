@@ -103,12 +103,16 @@ void mix_global(const UpsampleForward& args, void* memory, int64_t begin, int64_
 }
 
 // Sums of pixels [first, …) of an output row start with the bias and the interpolated global half.
-template <typename V, typename Acc = typename V::Acc>
+template <typename V, typename T, typename Acc = typename V::Acc>
 struct Interpolated {
   const Acc* row;  // (Wg, channels), interpolated along the other axis
   const Acc* bias;
   int64_t channels, first;
   Taps taps;
+  const T* residual;  // may be null
+  int64_t residual_stride;
+  const T* out;
+  int64_t out_channels;
 
   template <int R, int N>
   __attribute__((always_inline)) void operator()(
@@ -116,6 +120,11 @@ struct Interpolated {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const int64_t x = first + pixel + i;
+      // The products take as long as memory takes to bring what they are finished with.
+      if (residual != nullptr) {
+        prefetch(residual + (pixel + i) * residual_stride + column, N * V::size);
+      }
+      prefetch(out + (pixel + i) * out_channels + column, N * V::size);
       const Acc* lower = row + taps.index[x] * channels + column;
       const Acc* upper = taps.fraction[x] > 0 ? lower + channels : lower;
       const V share = V::fill(static_cast<Acc>(taps.fraction[x]));
@@ -203,12 +212,12 @@ void mix(const UpsampleForward& args, void* memory, int64_t begin, int64_t end) 
           stage(local + i * args.local.stride_column, Cl, staged + i * layout.local);
         }
       }
-      const Interpolated<V> start{interpolated, static_cast<const Acc*>(args.bias_row),
-          layout.channels, first, args.columns};
       const T* residual = nullptr;
       if (args.residual.data != nullptr) residual = pixel_of<T>(args.residual, image, y, first);
-      const Finished<V, T> finish{factor, residual, args.residual.stride_column,
-          static_cast<T*>(args.out) + (task * W + first) * C, C};
+      T* out = static_cast<T*>(args.out) + (task * W + first) * C;
+      const Interpolated<V, T> start{interpolated, static_cast<const Acc*>(args.bias_row),
+          layout.channels, first, args.columns, residual, args.residual.stride_column, out, C};
+      const Finished<V, T> finish{factor, residual, args.residual.stride_column, out, C};
       multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cl), left,
           static_cast<const Acc*>(args.packed_local), start, finish);
     }

@@ -27,8 +27,6 @@ class Call : public Workspace {
         rows_(shape.global_height, shape.height),
         columns_(shape.global_width, shape.width) {}
 
-  bool is_empty() const { return shape.batch == 0 || shape.channels == 0; }
-
   template <typename Arguments>
   void describe(Arguments& args) {
     args.shape = shape;
@@ -71,7 +69,7 @@ Tensor upsample_concat(const Tensor& local, const Tensor& global, const Tensor& 
   check_shape("residual", residual, {shape.batch, shape.channels, shape.height, shape.width});
   if (residual.has_value()) check_same_dtype("residual", *residual, "local", local);
   Tensor out = call.empty_output(shape.channels, shape.height, shape.width);
-  if (call.is_empty()) return out;
+  if (shape.batch == 0) return out;
 
   const OptionalTensor bias_source = Call::contiguous_of(bias);
   OptionalTensor residual_source;
@@ -110,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> upsample_concat_backward(const Tensor
   Tensor grad_local = call.empty_output(Cl, shape.height, shape.width);
   Tensor grad_global = call.empty_output(Cg, shape.global_height, shape.global_width);
   Tensor grad_weight = call.memory({C, Cl + Cg}), grad_bias = call.memory({C});
-  if (call.is_empty()) {
+  if (shape.batch == 0) {
     for (Tensor* each : {&grad_local, &grad_global, &grad_weight, &grad_bias}) {
       torch::stable::zero_(*each);
     }
