@@ -154,7 +154,7 @@ inline int64_t next_registers(int64_t left) {
 // Sums that begin as a matrix.
 template <typename V, typename Acc = typename V::Acc>
 struct From {
-  Start<Acc> start;
+  Start<Acc> start{nullptr, 0};
 
   template <int R, int N>
   __attribute__((always_inline)) void operator()(
@@ -176,8 +176,8 @@ struct From {
   }
 };
 
-// Sums that are stored to a matrix or, with `add`, added to it.
-template <typename V, bool add = false, typename Acc = typename V::Acc>
+// Sums that are stored to a matrix.
+template <typename V, typename Acc = typename V::Acc>
 struct To {
   Matrix<Acc> c;
 
@@ -188,11 +188,31 @@ struct To {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) {
-        Acc* to = data + i * c.stride + j * V::size;
-        (add ? V::load(to) + sums[i][j] : sums[i][j]).store(to);
+      for (int j = 0; j < N; ++j) sums[i][j].store(data + i * c.stride + j * V::size);
+    }
+  }
+};
+
+// Sums that are stored or, unless they are the first, added to what was stored.
+template <typename V, typename Acc = typename V::Acc>
+struct AddedTo {
+  Matrix<Acc> c;
+  bool first;
+
+  template <int R, int N>
+  __attribute__((always_inline)) void operator()(
+      V (&sums)[R][N], int64_t row, int64_t column) const {
+    if (!first) {
+      const Acc* data = c.data + row * c.stride + column;
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) {
+          sums[i][j] = V::load(data + i * c.stride + j * V::size) + sums[i][j];
+        }
       }
     }
+    To<V>{c}(sums, row, column);
   }
 };
 

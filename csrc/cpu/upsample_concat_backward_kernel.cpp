@@ -206,16 +206,11 @@ void local_stream(const UpsampleBackward& args, void* memory, int64_t begin, int
       }
       for (int64_t c = 0; c < C; ++c) bias_sums[c] += static_cast<double>(bias[c]);
       multiply_panels<V>(rows * W, layout.local, C, {g, layout.channels},
-          static_cast<const Acc*>(args.packed_local), From<V>{{nullptr, 0}},
+          static_cast<const Acc*>(args.packed_local), From<V>{},
           Stored<V, T>{static_cast<T*>(args.grad_local) + chunk * W * Cl, Cl});
-      const Matrix<Acc> to{weight_sums, layout.local};
-      if (chunk == first) {
-        multiply_with<true, V>(C, layout.local, rows * W, {g, layout.channels},
-            {values, layout.local}, From<V>{{nullptr, 0}}, To<V>{to});
-      } else {
-        multiply_with<true, V>(C, layout.local, rows * W, {g, layout.channels},
-            {values, layout.local}, From<V>{{nullptr, 0}}, To<V, true>{to});
-      }
+      multiply_with<true, V>(C, layout.local, rows * W, {g, layout.channels},
+          {values, layout.local}, From<V>{},
+          AddedTo<V>{{weight_sums, layout.local}, chunk == first});
     }
   }
 }
@@ -258,8 +253,7 @@ void global_stream(const UpsampleBackward& args, void*, int64_t begin, int64_t e
       }
     }
     multiply_panels<V>((last - first) * Wg, layout.global, shape.channels,
-        {grad_mixed, layout.channels}, static_cast<const Acc*>(args.packed_global),
-        From<V>{{nullptr, 0}},
+        {grad_mixed, layout.channels}, static_cast<const Acc*>(args.packed_global), From<V>{},
         Stored<V, T>{static_cast<T*>(args.grad_global) + first * Wg * Cg, Cg});
   }
 }
@@ -302,14 +296,8 @@ void weights(const UpsampleBackward& args, void* memory, int64_t begin, int64_t 
       const Acc* grad = static_cast<const Acc*>(args.grad_mixed) + first * layout.channels + row;
       copy_columns(depth, rows, grad, layout.channels, columns, Layout::weight_block);
       const Acc* values = static_cast<const Acc*>(args.global_values) + first * layout.global;
-      const Matrix<Acc> to{sums, layout.global};
-      if (first == 0) {
-        multiply_with<true, V>(rows, layout.global, depth, {columns, Layout::weight_block},
-            {values, layout.global}, From<V>{{nullptr, 0}}, To<V>{to});
-      } else {
-        multiply_with<true, V>(rows, layout.global, depth, {columns, Layout::weight_block},
-            {values, layout.global}, From<V>{{nullptr, 0}}, To<V, true>{to});
-      }
+      multiply_with<true, V>(rows, layout.global, depth, {columns, Layout::weight_block},
+          {values, layout.global}, From<V>{}, AddedTo<V>{{sums, layout.global}, first == 0});
     }
     copy_columns(rows, shape.global_channels, sums, layout.global, out + Cl, stride);
   }

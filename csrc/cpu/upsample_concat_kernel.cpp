@@ -97,7 +97,7 @@ void mix_global(const UpsampleForward& args, void* memory, int64_t begin, int64_
     }
     Acc* mixed = static_cast<Acc*>(args.mixed) + first * layout.channels;
     multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cg),
-        {staged, layout.global}, static_cast<const Acc*>(args.packed_global), From<V>{{nullptr, 0}},
+        {staged, layout.global}, static_cast<const Acc*>(args.packed_global), From<V>{},
         To<V>{{mixed, layout.channels}});
   }
 }
