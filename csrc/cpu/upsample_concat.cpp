@@ -47,8 +47,8 @@ UpsampleForwardKernels upsample_concat_forward(Capability capability, Storage st
 
 UpsampleBackwardKernels upsample_concat_backward(Capability capability, Storage storage) {
 #ifdef DSNET_X86
-  // Gradients keep the products of values: of pairs they would be rounded before they are summed.
-  if (capability >= Capability::avx512) return avx512::upsample_concat_backward(storage);
+  if (capability == Capability::avx512_bf16) return avx512_bf16::upsample_concat_backward(storage);
+  if (capability == Capability::avx512) return avx512::upsample_concat_backward(storage);
   if (capability == Capability::avx2) return avx2::upsample_concat_backward(storage);
 #endif
   return generic::upsample_concat_backward(storage);

@@ -103,7 +103,7 @@ struct UpsampleBackwardLayout {
   int64_t scratch(const UpsampleShape& shape, const UpsampleLayout& layout) const {
     const int64_t tokens = chunk_rows * shape.width;
     const int64_t streams =
-        tokens * (layout.channels + layout.local) + (shape.global_width + 3) * layout.channels;
+        tokens * (2 * layout.channels + layout.local) + (shape.global_width + 3) * layout.channels;
     const int64_t weights =
         weight_block * (weight_depth + layout.global) + weight_depth * layout.global;
     return streams > weights ? streams : weights;

@@ -4,6 +4,8 @@
 //   dlocal = G·W_l    dW_l = Gᵀ·local    db = Σ G    dY = Uᵀ·G    dglobal = dY·W_g
 //   dW_g = dYᵀ·global
 // One pass over G gives the first four, in sums of each slot; the others are of the coarse grid.
+// Where the processor multiplies pairs of bfloat16, dlocal and dW_l are formed of them: their
+// factors are stored values. dY is a sum, which pairs would round before it is multiplied.
 #include "attention_steps.h"
 #include "scratch.h"
 #include "upsample_concat.h"
@@ -12,39 +14,55 @@ namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
 
 // Columns [column, column + lanes) of a half of the weight, in its own order of rows.
-template <typename T, typename Source>
+template <typename T, bool pairs, typename Source>
 void pack_half(const UpsampleBackward& args, const Source* weight, int64_t column, int64_t count,
     AccumulatorOf<T>* packed) {
   using V = typename Register<T>::type;
-  const int64_t rows = args.shape.channels;
+  using Acc = typename V::Acc;
+  const int64_t rows = args.shape.channels, depth = pairs ? depth_of<T>(rows) : rows;
   for (int64_t j = column; j < column + lanes; j += V::size) {
     const Panel panel = panel_of<V>(j, padded(count));
     const int64_t n = smaller(V::size, count - j);
-    AccumulatorOf<T>* to = packed + panel.first * rows + j - panel.first;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Source* from = weight + i * args.shape.weight_columns() + j;
-      (n > 0 ? load_part<V>(from, n) : V::zero()).store(to + i * panel.columns);
+    Acc* to = packed + panel.first * depth + j - panel.first;
+    const auto row = [&](int64_t i) {
+      return n > 0 ? load_part<V>(weight + i * args.shape.weight_columns() + j, n) : V::zero();
+    };
+    for (int64_t k = 0; k < depth; ++k, to += panel.columns) {
+      if constexpr (pairs) {
+        Acc second[V::size];
+        row(2 * k).store(to);
+        if (2 * k + 1 < rows) row(2 * k + 1).store(second);
+        pair_rows(to, 2 * k + 1 < rows ? second : nullptr, V::size);
+      } else {
+        row(k).store(to);
+      }
     }
+  }
+}
+
+template <typename T, bool pairs>
+void pack_either(
+    const UpsampleBackward& args, int64_t offset, int64_t column, int64_t count, void* packed) {
+  using Acc = AccumulatorOf<T>;
+  Acc* to = static_cast<Acc*>(packed);
+  if (args.weight.is_accumulator) {
+    const Acc* weight = static_cast<const Acc*>(args.weight.data) + offset;
+    pack_half<T, pairs>(args, weight, column, count, to);
+  } else {
+    const T* weight = static_cast<const T*>(args.weight.data) + offset;
+    pack_half<T, pairs>(args, weight, column, count, to);
   }
 }
 
 template <typename T>
 void pack(const UpsampleBackward& args, void*, int64_t begin, int64_t end) {
-  using Acc = AccumulatorOf<T>;
-  const UpsampleShape& shape = args.shape;
-  const int64_t local_tasks = padded(shape.local_channels) / lanes;
+  const int64_t Cl = args.shape.local_channels, local_tasks = padded(Cl) / lanes;
   for (int64_t task = begin; task < end; ++task) {
-    const bool is_local = task < local_tasks;
-    const int64_t column = (is_local ? task : task - local_tasks) * lanes;
-    const int64_t offset = is_local ? 0 : shape.local_channels;
-    const int64_t count = is_local ? shape.local_channels : shape.global_channels;
-    Acc* packed = static_cast<Acc*>(is_local ? args.packed_local : args.packed_global);
-    if (args.weight.is_accumulator) {
-      const Acc* weight = static_cast<const Acc*>(args.weight.data) + offset;
-      pack_half<T>(args, weight, column, count, packed);
+    if (task < local_tasks) {
+      pack_either<T, Products<T>::pairs>(args, 0, task * lanes, Cl, args.packed_local);
     } else {
-      const T* weight = static_cast<const T*>(args.weight.data) + offset;
-      pack_half<T>(args, weight, column, count, packed);
+      pack_either<T, false>(
+          args, Cl, (task - local_tasks) * lanes, args.shape.global_channels, args.packed_global);
     }
   }
 }
@@ -157,6 +175,24 @@ inline int64_t coarse_row_of(const UpsampleBackward& args, int64_t row) {
 // Where coarse row 0 of a slot's sums would lie: each slot has two rows to itself.
 inline int64_t slot_offset(int64_t slot) { return 2 * slot; }
 
+// Rows of G and of values as what is multiplied: pairs of channels in `left`, where the processor
+// has them, and pairs of tokens in place, in every second row.
+template <typename T, typename Acc = AccumulatorOf<T>>
+void pair_chunk(int64_t tokens, Matrix<Acc> g, Matrix<Acc> values, Acc* left) {
+  if constexpr (Products<T>::pairs) {
+    copy_columns(tokens, g.stride, g.data, g.stride, left, g.stride);
+    for (int64_t t = 0; t < tokens; ++t) pair_columns(left + t * g.stride, g.stride);
+    const auto pair_tokens = [&](const Matrix<Acc>& all, int64_t t) {
+      Acc* row = all.data + t * all.stride;
+      pair_rows(row, t + 1 < tokens ? row + all.stride : nullptr, all.stride);
+    };
+    for (int64_t t = 0; t < tokens; t += 2) {
+      pair_tokens(g, t);
+      pair_tokens(values, t);
+    }
+  }
+}
+
 template <typename T>
 void local_stream(const UpsampleBackward& args, void* memory, int64_t begin, int64_t end) {
   using V = typename Register<T>::type;
@@ -172,6 +208,9 @@ void local_stream(const UpsampleBackward& args, void* memory, int64_t begin, int
   Acc* values = scratch.take(tokens * layout.local);
   Acc* coarse = scratch.take(coarse_row);
   Acc* bias = scratch.take(layout.channels);
+  constexpr bool pairs = Products<T>::pairs;
+  using Product = typename Products<T>::type;
+  Acc* left = pairs ? scratch.take(tokens * layout.channels) : g;
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t first = slot * cut.slot_rows, last = smaller(first + cut.slot_rows, shape.rows());
     Acc* weight_sums = static_cast<Acc*>(args.weight_sums) + slot * C * layout.local;
@@ -205,11 +244,13 @@ void local_stream(const UpsampleBackward& args, void* memory, int64_t begin, int
         }
       }
       for (int64_t c = 0; c < C; ++c) bias_sums[c] += static_cast<double>(bias[c]);
-      multiply_panels<V>(rows * W, layout.local, C, {g, layout.channels},
+      pair_chunk<T>(rows * W, {g, layout.channels}, {values, layout.local}, left);
+      multiply_panels<V, Product>(rows * W, layout.local, depth_of<T>(C), {left, layout.channels},
           static_cast<const Acc*>(args.packed_local), From<V>{},
           Stored<V, T>{static_cast<T*>(args.grad_local) + chunk * W * Cl, Cl});
-      multiply_with<true, V>(C, layout.local, rows * W, {g, layout.channels},
-          {values, layout.local}, From<V>{},
+      constexpr int64_t step = pairs ? 2 : 1;
+      multiply_with<true, V, Product>(C, layout.local, depth_of<T>(rows * W),
+          {g, step * layout.channels}, {values, step * layout.local}, From<V>{},
           AddedTo<V>{{weight_sums, layout.local}, chunk == first});
     }
   }
