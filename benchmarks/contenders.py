@@ -38,5 +38,5 @@ def run(benchmark, case: Case, contender: str, stage: Stage, backward: bool) -> 
     benchmark.extra_info["chosen"] = entry.chosen
     with torch.inference_mode(not backward):
         values = benchmark(entry.call)
-    assert values[0].shape == inputs.tensors["x"].shape
+    assert values[0].shape == inputs.tensors[case.activations[0]].shape
     assert torch.isfinite(values[0]).all()

@@ -22,17 +22,17 @@ int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layou
     if (!layout.absorbed) local += tile * (2 * d + 2 * layout.dim);
     return larger_of(larger_of(inputs, finish), local) + rounding;
   }
-  int64_t local = tile * (3 * layout.local + 2 * Cl + 3 * rows + d + 2) + rows * layout.inner;
+  int64_t local = tile * (3 * layout.local + 2 * Cl + 3 * rows + d + 2);
   if (!layout.absorbed) local += tile * (3 * d + 7 * layout.dim + layout.head);
   const int64_t heads = M * (layout.inner + layout.dim) + layout.rows;
   const int64_t widest = larger_of(larger_of(layout.local, layout.global), padded(shape.dim()));
-  const int64_t weights = TokenProduct::row_block * (TokenProduct::depth + 2 * widest);
+  const int64_t weights = TokenProduct::row_block * (TokenProduct::depth + widest);
   return larger_of(larger_of(larger_of(inputs, finish), larger_of(local, heads)), weights) +
          rounding;
 }
 
-#define DSNET_DECLARE(arch)                                    \
-  namespace arch {                                             \
+#define DSNET_DECLARE(arch)                                          \
+  namespace arch {                                                   \
   CoAttentionForwardKernels co_attention_forward(Storage storage);   \
   CoAttentionBackwardKernels co_attention_backward(Storage storage); \
   }

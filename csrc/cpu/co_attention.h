@@ -61,12 +61,12 @@ struct CoAttentionLayout {
 
   bool absorbed = false;
   // Row strides, in whole registers.
-  int64_t local = 0, global = 0;  // of tokens
-  int64_t dim = 0, head = 0;      // of one head's channels, and of its [Q, K, V]
-  int64_t rows = 0;               // of a number per global token
-  int64_t inner = 0;              // of a matrix that local tokens meet
-  int64_t depth = 0;              // its columns that count
-  int64_t tile = 0;               // local tokens handled together
+  int64_t local = 0, global = 0;         // of tokens
+  int64_t dim = 0, head = 0;             // of one head's channels, and of its [Q, K, V]
+  int64_t rows = 0;                      // of a number per global token
+  int64_t inner = 0;                     // of a matrix that local tokens meet
+  int64_t depth = 0;                     // its columns that count
+  int64_t tile = 0;                      // local tokens handled together
   int64_t chunks = 0, chunk_tokens = 0;  // of an image's local tokens
   int64_t row_blocks = 0;
 
@@ -74,18 +74,18 @@ struct CoAttentionLayout {
   int64_t vectors = 0;
   // Of one head: bias of its global [Q, K, V], of its local queries and values, then matrices.
   int64_t head_biases = 0, head_size = 0;
-  PackedMatrix global_qkv;             // (Cg, 3·d)
-  PackedMatrix query, key, value;      // (d, Cl)
+  PackedMatrix global_qkv;                  // (Cg, 3·d)
+  PackedMatrix query, key, value;           // (d, Cl)
   PackedMatrix to_query, to_key, to_value;  // (Cl, d)
-  PackedMatrix proj;                   // (d, Cl)
-  PackedMatrix to_attended;            // (Cl, d), the local projection's gradient
-  PackedMatrix global_attended;        // (Cg, d), the global projection's gradient
-  PackedMatrix local_rows;             // (3·d, Cl)
-  int64_t left = 0, left_proj = 0;     // rows of (3·d, local) and (d, local), for the left side
+  PackedMatrix proj;                        // (d, Cl)
+  PackedMatrix to_attended;                 // (Cl, d), the local projection's gradient
+  PackedMatrix global_attended;             // (Cg, d), the global projection's gradient
+  PackedMatrix local_rows;                  // (3·d, Cl)
+  int64_t left = 0, left_proj = 0;  // rows of (3·d, local) and (d, local), for the left side
   // Of all heads, after the last one.
-  PackedMatrix global_proj;   // (dim, Cg)
-  PackedMatrix global_rows;   // (3·dim, Cg)
-  int64_t packed = 0;         // everything
+  PackedMatrix global_proj;  // (dim, Cg)
+  PackedMatrix global_rows;  // (3·dim, Cg)
+  int64_t packed = 0;        // everything
 
   // Matrices of a head that its local tokens meet, in order: keys, queries, in the backward what
   // the gradient of the attended meets, and values; then the bias of the scores.
@@ -154,8 +154,8 @@ struct CoAttentionLayout {
 struct CoAttentionCall {
   CoAttentionShape shape;
   CoAttentionLayout layout;
-  const void* local;    // (B, N, Cl) as stored
-  const void* global;   // (B, M, Cg) as stored
+  const void* local;   // (B, N, Cl) as stored
+  const void* global;  // (B, M, Cg) as stored
   Parameter norm_weight, norm_bias, local_qkv_weight, local_qkv_bias, global_qkv_weight;
   Parameter global_qkv_bias, local_proj_weight, local_proj_bias, global_proj_weight;
   Parameter global_proj_bias, local_scale, local_shift;  // the last two may have no data
@@ -178,11 +178,11 @@ struct CoAttentionForward : CoAttentionCall {
 struct TokenProduct {
   static constexpr int64_t row_block = 28;  // of a task
   static constexpr int64_t depth = 448;     // tokens summed at a time
-  const void* left;        // (tokens, left_stride), as stored or accumulators
-  const void* right;       // (tokens, right_stride) accumulators
-  void* out;               // rows at out_stride
-  void* sums;              // (rows), or null
-  const void* weights;     // (tokens) in sums, or null for 1
+  const void* left;                         // (tokens, left_stride), as stored or accumulators
+  const void* right;                        // (tokens, right_stride) accumulators
+  void* out;                                // rows at out_stride
+  void* sums;                               // (rows), or null
+  const void* weights;                      // (tokens) in sums, or null for 1
   int64_t tokens, rows, columns;
   int64_t left_stride, right_stride, out_stride;
   double factor = 1;
@@ -206,12 +206,12 @@ struct CoAttentionBackward : CoAttentionCall {
   void* channel_partials;   // (B, chunks, 3, layout.local): of scale, shift, output bias
   void* norm_partials;      // (B, row_blocks, 2, layout.global): of weight and bias
   // Projected:
-  void* tokens;             // (B, N, layout.local), local tokens after the affine
-  void* grad_local_qkv;     // (B, N, 3·dim)
-  void* heads_out;          // (B, N, dim) and a register: what local queries attended to
+  void* tokens;          // (B, N, layout.local), local tokens after the affine
+  void* grad_local_qkv;  // (B, N, 3·dim)
+  void* heads_out;       // (B, N, dim) and a register: what local queries attended to
   const TokenProduct* products;
-  void* grad_local_in;      // (B, N, Cl) as stored
-  void* grad_global_in;     // (B, M, Cg) as stored
+  void* grad_local_in;   // (B, N, Cl) as stored
+  void* grad_global_in;  // (B, M, Cg) as stored
 };
 
 struct CoAttentionForwardKernels {

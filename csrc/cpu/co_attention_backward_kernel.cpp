@@ -4,8 +4,8 @@
 // directions' weights P are complete tile by tile, and with K for dropped ones and the scale of
 // kept ones (1 without dropout)
 //   dS = P∘(K∘dP − δ),  δ = Σ P∘K∘dP,  which for the global queries is Σ_c dO∘O.
-// Of each head a tile meets matrices E of M rows (see CoAttentionLayout): scores and dP are E·tileᵀ,
-// gradients of E are dS·tile or (P∘K)·tile, and those of the tile dSᵀ·E and (P∘K)ᵀ·E.
+// Of each head a tile meets matrices E of M rows (see CoAttentionLayout): scores and dP are
+// E·tileᵀ, gradients of E are dS·tile or (P∘K)·tile, and those of the tile dSᵀ·E and (P∘K)ᵀ·E.
 #include "co_attention_steps.h"
 #include "token_product.h"
 
@@ -55,13 +55,12 @@ inline void differentiate_columns(int64_t rows, Acc* scores, Acc* grads, int64_t
 template <typename Acc>
 struct Tile {
   int64_t image, first, count, columns;
-  Acc *tokens, *transposed;            // see load_tile
-  Acc *grad, *grad_transposed;         // of the output, the same
-  Acc *scores, *grads, *kept;          // (M or row_block, tile)
-  Acc *maxima, *inverses;              // (tile)
-  Acc* part;                           // (M or tile, inner): a share of a gradient
-  Acc* out;                            // (tile, local): gradient of the tokens
-  Acc* values;                         // of one head, (d, tile)
+  Acc *tokens, *transposed;     // see load_tile
+  Acc *grad, *grad_transposed;  // of the output, the same
+  Acc *scores, *grads, *kept;   // (M or row_block, tile)
+  Acc *maxima, *inverses;       // (tile)
+  Acc* out;                     // (tile, local): gradient of the tokens
+  Acc* values;                  // of one head, (d, tile)
   // Projected, of one head: (d, tile), then (tile, dim).
   Acc *queries, *keys, *grad_heads;
   Acc *query_rows, *key_rows, *grad_rows, *heads_out, *grad_q, *grad_k, *grad_v;
@@ -76,28 +75,17 @@ AccumulatorOf<T>* partial_of(const CoCall<T>& call, const CoAttentionBackward& a
   return static_cast<AccumulatorOf<T>*>(args.partials) + index * call.layout.grad_partial;
 }
 
-// Adds a · b to sums, both (rows, columns) next to each other, with few roundings.
-template <typename V, typename Acc = typename V::Acc>
+// Adds a · b, or with `transposed` aᵀ · b, to sums (rows, columns), or stores it. The depth is cut
+// into blocks, so that few roundings follow one another.
+template <bool transposed, typename V, typename Acc = typename V::Acc>
 inline void add_product(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
-    Matrix<const Acc> b, Acc* part, Acc* sums) {
-  multiply<false, V>(rows, columns, depth, a, b, {nullptr, 0}, {part, columns});
-  for (int64_t c = 0; c < rows * columns; c += V::size) {
-    (V::load(sums + c) + V::load(part + c)).store(sums + c);
-  }
-}
-
-// The same for the transpose of a, in blocks of the depth; `sums` begins with the first product.
-template <typename V, typename Acc = typename V::Acc>
-inline void add_transposed(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
-    Matrix<const Acc> b, Acc* part, Acc* sums, bool begins) {
+    Matrix<const Acc> b, Acc* sums, bool stores = false) {
   for (int64_t first = 0; first < depth; first += CoAttentionLayout::row_block) {
     const int64_t count = smaller(CoAttentionLayout::row_block, depth - first);
-    multiply<true, V>(rows, columns, count, {a.data + first * a.stride, a.stride},
-        {b.data + first * b.stride, b.stride}, {nullptr, 0}, {begins ? sums : part, columns});
-    for (int64_t c = 0; !begins && c < rows * columns; c += V::size) {
-      (V::load(sums + c) + V::load(part + c)).store(sums + c);
-    }
-    begins = false;
+    const Acc* left = a.data + first * (transposed ? a.stride : 1);
+    multiply_with<transposed, V>(rows, columns, count, {left, a.stride},
+        {b.data + first * b.stride, b.stride}, From<V>{},
+        AddedTo<V>{{sums, columns}, stores && first == 0});
   }
 }
 
@@ -110,7 +98,8 @@ void global_keys(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>&
   const CoAttentionLayout& layout = call.layout;
   const int64_t M = call.shape.global_tokens, N = call.shape.local_tokens;
   const int64_t inner = layout.inner, stride = layout.tile;
-  const Acc *keys = call.met(tile.image, h, met_keys), *values = call.met(tile.image, h, met_values);
+  const Acc *keys = call.met(tile.image, h, met_keys),
+            *values = call.met(tile.image, h, met_values);
   multiply<false, V>(M, tile.columns, layout.depth, {keys, inner},
       {layout.absorbed ? tile.transposed : tile.queries, stride}, {nullptr, 0},
       {tile.scores, stride});
@@ -133,15 +122,16 @@ void global_keys(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>&
   const Acc* bias = call.score_bias(tile.image, h);
   const auto columns = [&](auto R, int64_t j) {
     const Acc* kept = dropout.p > 0 ? tile.kept + j : nullptr;
-    differentiate_columns<V, decltype(R)::value>(M, tile.scores + j, tile.grads + j, stride, bias,
-        tile.maxima + j, tile.inverses + j, kept);
+    differentiate_columns<V, decltype(R)::value>(
+        M, tile.scores + j, tile.grads + j, stride, bias, tile.maxima + j, tile.inverses + j, kept);
   };
   int64_t j = 0;
   for (; j + 3 * V::size <= tile.columns; j += 3 * V::size) columns(Constant<3>{}, j);
   for (; j < tile.columns; j += V::size) columns(Constant<1>{}, j);
 
   const int64_t matrices = layout.absorbed ? 4 : 3;
-  Acc *grad_bias = partial + matrices * M * inner, *grad_values = partial + (matrices - 1) * M * inner;
+  Acc *grad_bias = partial + matrices * M * inner,
+      *grad_values = partial + (matrices - 1) * M * inner;
   for (int64_t m = 0; m < M; ++m) {
     V sum = V::zero();
     for (j = 0; j < tile.columns; j += V::size) {
@@ -150,22 +140,22 @@ void global_keys(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>&
     grad_bias[m] += sum_of(sum);
   }
   if (layout.absorbed) {
-    add_product<V>(M, inner, tile.count, {tile.scores, stride}, {tile.tokens, inner}, tile.part,
-        partial);
-    add_product<V>(M, inner, tile.count, {tile.grads, stride}, {tile.grad, inner}, tile.part,
-        grad_values);
-    add_transposed<V>(tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.part,
-        tile.out, is_first);
+    add_product<false, V>(
+        M, inner, tile.count, {tile.scores, stride}, {tile.tokens, inner}, partial);
+    add_product<false, V>(
+        M, inner, tile.count, {tile.grads, stride}, {tile.grad, inner}, grad_values);
+    add_product<true, V>(
+        tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.out, is_first);
     return;
   }
-  add_product<V>(M, inner, tile.count, {tile.scores, stride}, {tile.query_rows, inner}, tile.part,
-      partial);
-  add_product<V>(M, inner, tile.count, {tile.grads, stride}, {tile.grad_rows, inner}, tile.part,
-      grad_values);
-  add_transposed<V>(tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.part,
-      tile.grad_q, true);
-  add_transposed<V>(tile.count, inner, M, {tile.grads, stride}, {values, inner}, tile.part,
-      tile.heads_out, true);
+  add_product<false, V>(
+      M, inner, tile.count, {tile.scores, stride}, {tile.query_rows, inner}, partial);
+  add_product<false, V>(
+      M, inner, tile.count, {tile.grads, stride}, {tile.grad_rows, inner}, grad_values);
+  add_product<true, V>(
+      tile.count, inner, M, {tile.scores, stride}, {keys, inner}, tile.grad_q, true);
+  add_product<true, V>(
+      tile.count, inner, M, {tile.grads, stride}, {values, inner}, tile.heads_out, true);
 }
 
 // Gradients through the attention of the global tokens to the tile's local ones.
@@ -223,19 +213,19 @@ void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t 
     }
     Acc* grad_queries = partial + (M + first) * inner;
     const Acc* rows_of_keys = layout.absorbed ? tile.tokens : tile.key_rows;
-    add_product<V>(rows, inner, tile.count, {tile.scores, stride}, {rows_of_keys, inner}, tile.part,
-        grad_queries);
+    add_product<false, V>(
+        rows, inner, tile.count, {tile.scores, stride}, {rows_of_keys, inner}, grad_queries);
     if (layout.absorbed) {
-      add_product<V>(rows, inner, tile.count, {tile.grads, stride}, {tile.tokens, inner}, tile.part,
+      add_product<false, V>(rows, inner, tile.count, {tile.grads, stride}, {tile.tokens, inner},
           grad_queries + M * inner);
     }
     const bool begins = first == 0 && !layout.absorbed;
-    Acc *grad_k = layout.absorbed ? tile.out : tile.grad_k;
-    Acc *grad_v = layout.absorbed ? tile.out : tile.grad_v;
-    add_transposed<V>(tile.count, inner, rows, {tile.scores, stride}, {queries, inner}, tile.part,
-        grad_k, begins);
-    add_transposed<V>(tile.count, inner, rows, {tile.grads, stride}, {grad, inner}, tile.part,
-        grad_v, begins);
+    Acc* grad_k = layout.absorbed ? tile.out : tile.grad_k;
+    Acc* grad_v = layout.absorbed ? tile.out : tile.grad_v;
+    add_product<true, V>(
+        tile.count, inner, rows, {tile.scores, stride}, {queries, inner}, grad_k, begins);
+    add_product<true, V>(
+        tile.count, inner, rows, {tile.grads, stride}, {grad, inner}, grad_v, begins);
   }
 }
 
@@ -276,7 +266,8 @@ void unproject(const CoCall<T>& call, const CoAttentionBackward& args, int64_t h
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
   const CoAttentionLayout& layout = call.layout;
-  const int64_t d = call.shape.head_dim, dim = call.shape.dim(), row = tile.image * call.shape.local_tokens + tile.first;
+  const int64_t d = call.shape.head_dim, dim = call.shape.dim(),
+                row = tile.image * call.shape.local_tokens + tile.first;
   Acc* grad_qkv = static_cast<Acc*>(args.grad_local_qkv) + row * 3 * dim + h * d;
   const Acc* parts[3] = {tile.grad_q, tile.grad_k, tile.grad_v};
   for (int64_t part = 0; part < 3; ++part) {
@@ -285,7 +276,7 @@ void unproject(const CoCall<T>& call, const CoAttentionBackward& args, int64_t h
   }
   copy_columns(tile.count, d, tile.heads_out, layout.dim,
       static_cast<Acc*>(args.heads_out) + row * dim + h * d, dim);
-  multiply_panels<V>(tile.count, layout.local, 3 * d, {tile.grad_qkv, layout.head},
+  multiply_packed<V>(tile.count, layout.local, 3 * d, {tile.grad_qkv, layout.head},
       call.matrix(h, layout.local_rows), {h > 0 ? tile.out : nullptr, layout.local},
       {tile.out, layout.local});
 }
@@ -324,7 +315,8 @@ void store_gradient(const CoCall<T>& call, const CoAttentionBackward& args,
     const V scale = V::load(call.local_scale() + c);
     V sums[3] = {V::zero(), V::zero(), V::zero()};
     for (int64_t i = 0; i < tile.count; ++i) {
-      const V grad = V::load(tile.grad + i * stride + c), inside = V::load(tile.out + i * stride + c);
+      const V grad = V::load(tile.grad + i * stride + c),
+              inside = V::load(tile.out + i * stride + c);
       sums[0] = fma(load_part<V>(x + i * Cl + c, n), inside, sums[0]);
       sums[1] = sums[1] + inside;
       sums[2] = sums[2] + grad;
@@ -358,7 +350,6 @@ void local(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t
   tile.kept = scratch.take(of_scores);
   tile.maxima = scratch.take(layout.tile);
   tile.inverses = scratch.take(layout.tile);
-  tile.part = scratch.take(most_rows * layout.inner);  // A tile is no longer than a block of rows.
   tile.values = scratch.take(d * layout.tile);
   if (!layout.absorbed) {
     Acc** const transposed[] = {&tile.queries, &tile.keys, &tile.grad_heads};
@@ -440,7 +431,7 @@ void prologue(const CoAttentionBackward& args, void* memory, int64_t begin, int6
     }
     meet(call, image, h, y, qkv, static_cast<Acc*>(args.global_qkv) + image * M * 3 * dim,
         met_values);
-    multiply_panels<V>(M, layout.dim, Cg, {grad, layout.global},
+    multiply_packed<V>(M, layout.dim, Cg, {grad, layout.global},
         call.matrix(h, layout.global_attended), {nullptr, 0}, {grad_heads, layout.dim});
     const int64_t offset = image * M * dim + h * d;
     copy_columns(M, d, grad_heads, layout.dim, static_cast<Acc*>(args.grad_attended) + offset, dim);
@@ -459,7 +450,7 @@ void prologue(const CoAttentionBackward& args, void* memory, int64_t begin, int6
     }
     Acc* meeting = call.met(image, h, met_grad);
     if (layout.absorbed) {
-      multiply_panels<V>(M, inner, d, {grad_heads, layout.dim}, call.matrix(h, layout.value),
+      multiply_packed<V>(M, inner, d, {grad_heads, layout.dim}, call.matrix(h, layout.value),
           {nullptr, 0}, {meeting, inner});
     } else {
       copy_columns(M, inner, grad_heads, layout.dim, meeting, inner);
@@ -512,7 +503,7 @@ void heads(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t
         const PackedMatrix& matrix = is_values          ? layout.to_attended
                                      : part == met_keys ? layout.to_query
                                                         : layout.to_key;
-        multiply_panels<V>(M, layout.dim, Cl, {to, inner}, call.matrix(h, matrix), {nullptr, 0},
+        multiply_packed<V>(M, layout.dim, Cl, {to, inner}, call.matrix(h, matrix), {nullptr, 0},
             {grads, layout.dim});
         from = grads;
       }
@@ -545,7 +536,7 @@ void finish(const CoAttentionBackward& args, void* memory, int64_t begin, int64_
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / layout.row_blocks, first = task % layout.row_blocks * block;
     const int64_t rows = smaller(block, M - first), row = image * M + first;
-    multiply_panels<V>(rows, layout.global, 3 * dim,
+    multiply_packed<V>(rows, layout.global, 3 * dim,
         {static_cast<const Acc*>(args.grad_global_qkv) + row * 3 * dim, 3 * dim},
         call.packed() + layout.global_rows.offset, {nullptr, 0}, {grad_y, layout.global});
     Acc* norm = static_cast<Acc*>(args.norm_partials) + task * 2 * layout.global;

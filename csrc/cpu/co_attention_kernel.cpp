@@ -9,8 +9,8 @@ namespace {
 
 // Softmax over the rows, for R registers of columns: exp(score + bias − maximum).
 template <typename V, int R, typename Acc = typename V::Acc>
-inline void soften_columns(int64_t rows, Acc* scores, int64_t stride, const Acc* bias, Acc* maxima,
-    Acc* totals) {
+inline void soften_columns(
+    int64_t rows, Acc* scores, int64_t stride, const Acc* bias, Acc* maxima, Acc* totals) {
   V largest[R], total[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -103,19 +103,19 @@ void attend_to_global(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf
         {start, start_stride}, {tile.out, layout.local});
     return;
   }
-  multiply<true, V, Product>(tile.count, inner, depth_of<T>(M), weights, values, {nullptr, 0},
-      {tile.heads_out, inner});
+  multiply<true, V, Product>(
+      tile.count, inner, depth_of<T>(M), weights, values, {nullptr, 0}, {tile.heads_out, inner});
   if constexpr (Products<T>::pairs) {
     for (int64_t i = 0; i < tile.count; ++i) pair_columns(tile.heads_out + i * inner, inner);
   }
-  multiply_panels<V, T>(tile.count, layout.local, layout.depth, {tile.heads_out, inner},
+  multiply_packed<V, T>(tile.count, layout.local, layout.depth, {tile.heads_out, inner},
       call.matrix(h, layout.proj), {start, start_stride}, {tile.out, layout.local});
 }
 
 // Where a chunk keeps its share of one head.
 template <typename T>
-AccumulatorOf<T>* partial_of(
-    const CoCall<T>& call, const CoAttentionForward& args, int64_t image, int64_t chunk, int64_t h) {
+AccumulatorOf<T>* partial_of(const CoCall<T>& call, const CoAttentionForward& args, int64_t image,
+    int64_t chunk, int64_t h) {
   const int64_t index = (image * call.layout.chunks + chunk) * call.shape.heads + h;
   return static_cast<AccumulatorOf<T>*>(args.partials) + index * call.layout.partial;
 }
@@ -250,7 +250,7 @@ void local(const CoAttentionForward& args, void* memory, int64_t begin, int64_t 
           as_right<T>(tile.queries, layout.depth, tile.columns, layout.tile);
           as_right<T>(tile.keys, layout.depth, tile.columns, layout.tile);
           const Acc* rows = Products<T>::pairs ? tile.words : tile.tokens;
-          multiply_panels<V, T>(tile.count, layout.dim, Cl, {rows, layout.local},
+          multiply_packed<V, T>(tile.count, layout.dim, Cl, {rows, layout.local},
               call.matrix(h, layout.to_value), {nullptr, 0}, {tile.values, layout.dim});
           for (int64_t i = 0; i < tile.count; ++i) {
             round_row<V, T>(tile.values + i * layout.dim, layout.dim);
@@ -294,8 +294,8 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
     const int64_t rows = smaller(block, M - first);
     Acc* attended = static_cast<Acc*>(args.attended) + (image * M + first) * dim;
     for (int64_t h = 0; h < shape.heads; ++h) {
-      Acc* softmax = static_cast<Acc*>(args.global_softmax) +
-                     ((image * shape.heads + h) * M + first) * 2;
+      Acc* softmax =
+          static_cast<Acc*>(args.global_softmax) + ((image * shape.heads + h) * M + first) * 2;
       for (int64_t m = 0; m < rows; ++m) {
         Acc maximum = partial_of(call, args, image, 0, h)[first + m];
         for (int64_t chunk = 1; chunk < chunks; ++chunk) {
@@ -325,7 +325,7 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
       }
       const Acc* from = sums;
       if (layout.absorbed) {
-        multiply_panels<V>(rows, layout.dim, shape.local_width, {sums, inner},
+        multiply_packed<V>(rows, layout.dim, shape.local_width, {sums, inner},
             call.matrix(h, layout.to_value), {nullptr, 0}, {values, layout.dim});
         from = values;
       }
@@ -336,7 +336,7 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
         }
       }
     }
-    multiply_panels<V>(rows, layout.global, dim, {attended, dim},
+    multiply_packed<V>(rows, layout.global, dim, {attended, dim},
         call.packed() + layout.global_proj.offset, {call.global_proj_bias(), 0},
         {out, layout.global});
     const T* residual = call.global(image, first);

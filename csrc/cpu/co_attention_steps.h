@@ -74,8 +74,9 @@ inline void copy_vector(const Parameter& parameter, int64_t first, int64_t count
     int64_t padded_count, Acc absent, Acc* to) {
   for (int64_t i = 0; i < padded_count; ++i) {
     const Acc value = parameter.data == nullptr ? absent : Acc{0};
-    to[i] = i >= count ? Acc{0} : parameter.data == nullptr ? value
-                                                            : value_at<T, Acc>(parameter, first + i);
+    to[i] = i >= count                  ? Acc{0}
+            : parameter.data == nullptr ? value
+                                        : value_at<T, Acc>(parameter, first + i);
   }
 }
 
@@ -88,14 +89,14 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
   const int64_t Cl = call.shape.local_width, Cg = call.shape.global_width;
   const int64_t d = call.shape.head_dim, dim = call.shape.dim();
   for (int64_t part = 0; part < 3; ++part) {
-    copy_vector<T>(args.global_qkv_bias, part * dim + h * d, d,
-        part == 2 ? layout.head - 2 * d : d, Acc{0}, call.global_qkv_bias(h) + part * d);
+    copy_vector<T>(args.global_qkv_bias, part * dim + h * d, d, part == 2 ? layout.head - 2 * d : d,
+        Acc{0}, call.global_qkv_bias(h) + part * d);
   }
   copy_vector<T>(args.local_qkv_bias, h * d, d, layout.dim, Acc{0}, call.query_bias(h));
   copy_vector<T>(args.local_qkv_bias, 2 * dim + h * d, d, layout.dim, Acc{0}, call.value_bias(h));
   with_values<T>(args.global_qkv_weight, [&](const auto* weight) {
-    pack_segments<V>(weight + h * d * Cg, Cg, 3, dim, d, Cg, layout.head,
-        call.matrix(h, layout.global_qkv));
+    pack_segments<V>(
+        weight + h * d * Cg, Cg, 3, dim, d, Cg, layout.head, call.matrix(h, layout.global_qkv));
   });
   with_values<T>(args.local_qkv_weight, [&](const auto* weight) {
     const auto natural = [&](const PackedMatrix& to, int64_t part) {
@@ -124,17 +125,17 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
       if constexpr (Products<T>::pairs) pair_columns(left + row * layout.local, layout.local);
     }
     if (!layout.absorbed) {
-      pair_panels<T>(Cl, layout.dim, tile_columns<V>, call.matrix(h, layout.to_value));
+      pair_panels<V, T>(Cl, layout.dim, call.matrix(h, layout.to_value));
     }
     if (layout.local_rows.depth > 0) {
-      pack_panels<V, false>(left, layout.local, layout.local, 3 * d, layout.local,
-          call.matrix(h, layout.local_rows));
+      pack_panels<V, false>(
+          left, layout.local, layout.local, 3 * d, layout.local, call.matrix(h, layout.local_rows));
     }
   });
   with_values<T>(args.local_proj_weight, [&](const auto* weight) {
     pack_panels<V, true>(weight + h * d, dim, Cl, d, layout.local, call.matrix(h, layout.proj));
     if (!layout.absorbed) {
-      pair_panels<T>(d, layout.local, tile_columns<V>, call.matrix(h, layout.proj));
+      pair_panels<V, T>(d, layout.local, call.matrix(h, layout.proj));
     }
     if (layout.to_attended.depth > 0) {
       pack_panels<V, false>(
@@ -237,7 +238,8 @@ void load_tile(const CoCall<T>& call, int64_t image, int64_t first, int64_t coun
     int64_t c = 0;
     for_each_register<V>(Cl, [&](int64_t at, int64_t n) {
       // Scale and shift are 0 behind the last channel.
-      const V value = fma(load_part<V>(x + i * Cl + at, n), V::load(scale + at), V::load(shift + at));
+      const V value =
+          fma(load_part<V>(x + i * Cl + at, n), V::load(scale + at), V::load(shift + at));
       rounded_as<V, T>(value).store(row + at);
       c = at + V::size;
     });
@@ -267,7 +269,7 @@ void meet(const CoCall<T>& call, int64_t image, int64_t h, const AccumulatorOf<T
   const CoAttentionLayout& layout = call.layout;
   const int64_t M = call.shape.global_tokens, d = call.shape.head_dim, dim = call.shape.dim();
   const int64_t inner = layout.inner;
-  multiply_panels<V>(M, layout.head, call.shape.global_width, {y, layout.global},
+  multiply_packed<V>(M, layout.head, call.shape.global_width, {y, layout.global},
       call.matrix(h, layout.global_qkv), {call.global_qkv_bias(h), 0}, {qkv, layout.head});
   Acc *keys = call.met(image, h, 0), *queries = call.met(image, h, 1);
   Acc *values = call.met(image, h, values_index), *bias = call.score_bias(image, h);
@@ -287,11 +289,11 @@ void meet(const CoCall<T>& call, int64_t image, int64_t h, const AccumulatorOf<T
   }
   for (int64_t m = M; m < layout.rows; ++m) bias[m] = 0;
   if (layout.absorbed) {
-    multiply_panels<V>(M, inner, d, {qkv + d, layout.head}, call.matrix(h, layout.query),
+    multiply_packed<V>(M, inner, d, {qkv + d, layout.head}, call.matrix(h, layout.query),
         {nullptr, 0}, {keys, inner});
-    multiply_panels<V>(M, inner, d, {qkv, layout.head}, call.matrix(h, layout.key), {nullptr, 0},
+    multiply_packed<V>(M, inner, d, {qkv, layout.head}, call.matrix(h, layout.key), {nullptr, 0},
         {queries, inner});
-    multiply_panels<V>(M, inner, d, {qkv + 2 * d, layout.head}, call.matrix(h, layout.proj),
+    multiply_packed<V>(M, inner, d, {qkv + 2 * d, layout.head}, call.matrix(h, layout.proj),
         {nullptr, 0}, {values, inner});
   } else {
     for (int64_t m = 0; m < M; ++m) {
@@ -321,9 +323,9 @@ inline void drop_columns(const AttentionDropout& dropout, int64_t image, int64_t
   const uint32_t threshold = dropout_threshold(dropout.p);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t m = 0; m < rows; m += 4) {
-      const PhiloxWords words = philox(dropout.seed, static_cast<uint32_t>(m / 4),
-          static_cast<uint32_t>(first + i), static_cast<uint32_t>(head),
-          static_cast<uint32_t>(image));
+      const PhiloxWords words =
+          philox(dropout.seed, static_cast<uint32_t>(m / 4), static_cast<uint32_t>(first + i),
+              static_cast<uint32_t>(head), static_cast<uint32_t>(image));
       for (int64_t k = 0; k < smaller(4, rows - m); ++k) {
         if (words.word[k] < threshold) weights[(m + k) * stride + i] = 0;
       }

@@ -3,18 +3,10 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "capability.h"
-#include "storage.h"
 
 namespace dsnet::cpu {
-
-// (B, C, H, W) with channels next to each other; strides in elements.
-struct Pixels {
-  const void* data;
-  int64_t stride_batch;
-  int64_t stride_row;
-  int64_t stride_column;
-};
 
 struct DepthwiseShape {
   int64_t batch;

@@ -75,33 +75,21 @@ constexpr int64_t depth_of(int64_t n) {
 
 namespace detail {
 
-template <bool transposed, typename Product, typename V, int R, int N,
-    typename Acc = typename V::Acc>
-inline void multiply_tile(
-    Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
+// What follows takes `begin` and `finish`, called as begin(sums, row, column) with a tile's sums
+// V[R][N] before and after its products.
+template <bool transposed, typename Product, typename V, int R, int N, typename Begin,
+    typename Finish, typename Acc = typename V::Acc>
+inline void multiply_tile(Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth, int64_t row,
+    int64_t column, const Begin& begin, const Finish& finish) {
   // Unrolled in the source, or the sums would pass through memory before and after the loop.
   V sums[R][N];
-  if (start.data == nullptr) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) sums[i][j] = V::zero();
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) {
-        sums[i][j] = V::load(start.data + i * start.stride + j * V::size);
-      }
-    }
-  }
-  const Acc* row = b.data;
-  for (int64_t k = 0; k < depth; ++k, row += b.stride) {
+  begin(sums, row, column);
+  const Acc* line = b.data;
+  for (int64_t k = 0; k < depth; ++k, line += b.stride) {
     V in[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
-      in[j] = V::load(row + j * V::size);
+      in[j] = V::load(line + j * V::size);
       in[j].keep();
     }
 #pragma GCC unroll 8
@@ -111,60 +99,170 @@ inline void multiply_tile(
       for (int j = 0; j < N; ++j) sums[i][j] = Product::add_product(value, in[j], sums[i][j]);
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sums[i][j].store(c.data + i * c.stride + j * V::size);
-  }
+  finish(sums, row, column);
 }
 
 // The rows left below R.
-template <bool transposed, typename Product, typename V, int R, int N,
-    typename Acc = typename V::Acc>
+template <bool transposed, typename Product, typename V, int R, int N, typename Begin,
+    typename Finish, typename Acc = typename V::Acc>
 inline void multiply_rest(int64_t rows, Matrix<const Acc> a, Matrix<const Acc> b, int64_t depth,
-    Start<Acc> start, Matrix<Acc> c) {
+    int64_t row, int64_t column, const Begin& begin, const Finish& finish) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_tile<transposed, Product, V, R, N>(a, b, depth, start, c);
-    multiply_rest<transposed, Product, V, R - 1, N>(rows, a, b, depth, start, c);
+    if (rows == R) {
+      return multiply_tile<transposed, Product, V, R, N>(a, b, depth, row, column, begin, finish);
+    }
+    multiply_rest<transposed, Product, V, R - 1, N>(rows, a, b, depth, row, column, begin, finish);
   }
 }
 
-template <bool transposed, typename Product, typename V, int N, typename Acc = typename V::Acc>
+template <bool transposed, typename Product, typename V, int N, typename Begin, typename Finish,
+    typename Acc = typename V::Acc>
 __attribute__((noinline)) void multiply_columns(int64_t rows, Matrix<const Acc> a,
-    Matrix<const Acc> b, int64_t depth, Start<Acc> start, Matrix<Acc> c) {
-  for (; rows >= tile_rows; rows -= tile_rows) {
-    multiply_tile<transposed, Product, V, tile_rows, N>(a, b, depth, start, c);
+    Matrix<const Acc> b, int64_t depth, int64_t column, const Begin& begin, const Finish& finish) {
+  int64_t row = 0;
+  for (; rows - row >= tile_rows; row += tile_rows) {
+    multiply_tile<transposed, Product, V, tile_rows, N>(a, b, depth, row, column, begin, finish);
     a.data += transposed ? tile_rows : tile_rows * a.stride;
-    if (start.data != nullptr) start.data += tile_rows * start.stride;
-    c.data += tile_rows * c.stride;
   }
-  multiply_rest<transposed, Product, V, tile_rows - 1, N>(rows, a, b, depth, start, c);
+  multiply_rest<transposed, Product, V, tile_rows - 1, N>(
+      rows - row, a, b, depth, row, column, begin, finish);
+}
+
+// The same for as many columns as `registers` hold.
+template <bool transposed, typename Product, typename V, typename Begin, typename Finish,
+    typename Acc = typename V::Acc>
+inline void multiply_registers(int64_t registers, int64_t rows, Matrix<const Acc> a,
+    Matrix<const Acc> b, int64_t depth, int64_t column, const Begin& begin, const Finish& finish) {
+  if (registers == tile_registers) {
+    multiply_columns<transposed, Product, V, tile_registers>(
+        rows, a, b, depth, column, begin, finish);
+  } else if (registers == 2) {
+    multiply_columns<transposed, Product, V, 2>(rows, a, b, depth, column, begin, finish);
+  } else {
+    multiply_columns<transposed, Product, V, 1>(rows, a, b, depth, column, begin, finish);
+  }
+}
+
+// Registers of the next tile where so many are left. Not 3 and 1: the products of one register
+// wait for each other.
+inline int64_t next_registers(int64_t left) {
+  return left == 4 ? 2 : smaller(left, tile_registers);
 }
 
 }  // namespace detail
 
-// c = start + a · b for a (rows, depth), b (depth, columns), with a's columns as rows if
-// transposed. Columns are whole registers. Each element is summed along depth in order, whatever
-// the tiles.
+// Sums that begin as a matrix.
+template <typename V, typename Acc = typename V::Acc>
+struct From {
+  Start<Acc> start{nullptr, 0};
+
+  template <int R, int N>
+  __attribute__((always_inline)) void operator()(
+      V (&sums)[R][N], int64_t row, int64_t column) const {
+    if (start.data == nullptr) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sums[i][j] = V::zero();
+      }
+    } else {
+      const Acc* data = start.data + row * start.stride + column;
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sums[i][j] = V::load(data + i * start.stride + j * V::size);
+      }
+    }
+  }
+};
+
+// Sums that are stored to a matrix.
+template <typename V, typename Acc = typename V::Acc>
+struct To {
+  Matrix<Acc> c;
+
+  template <int R, int N>
+  __attribute__((always_inline)) void operator()(
+      V (&sums)[R][N], int64_t row, int64_t column) const {
+    Acc* data = c.data + row * c.stride + column;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[i][j].store(data + i * c.stride + j * V::size);
+    }
+  }
+};
+
+// Sums that are stored or, unless they are the first, added to what was stored.
+template <typename V, typename Acc = typename V::Acc>
+struct AddedTo {
+  Matrix<Acc> c;
+  bool first;
+
+  template <int R, int N>
+  __attribute__((always_inline)) void operator()(
+      V (&sums)[R][N], int64_t row, int64_t column) const {
+    if (!first) {
+      const Acc* data = c.data + row * c.stride + column;
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) {
+          sums[i][j] = V::load(data + i * c.stride + j * V::size) + sums[i][j];
+        }
+      }
+    }
+    To<V>{c}(sums, row, column);
+  }
+};
+
+// a · b for a (rows, depth), b (depth, columns), with a's columns as rows if transposed. Columns
+// are whole registers. A tile's sums start at `begin` and end at `finish`, see above. Each element
+// is summed along depth in order, whatever the tiles.
+template <bool transposed, typename V, typename Product = Values, typename Begin, typename Finish,
+    typename Acc = typename V::Acc>
+inline void multiply_with(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    Matrix<const Acc> b, const Begin& begin, const Finish& finish) {
+  int64_t registers;
+  for (int64_t j = 0; j < columns; j += registers * V::size) {
+    registers = detail::next_registers((columns - j) / V::size);
+    detail::multiply_registers<transposed, Product, V>(
+        registers, rows, a, {b.data + j, b.stride}, depth, j, begin, finish);
+  }
+}
+
+// c = start + a · b.
 template <bool transposed, typename V, typename Product = Values, typename Acc = typename V::Acc>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
     Matrix<const Acc> b, Start<Acc> start, Matrix<Acc> c) {
+  multiply_with<transposed, V, Product>(rows, columns, depth, a, b, From<V>{start}, To<V>{c});
+}
+
+// Where a column of a matrix in panels lies: each panel holds the columns of a tile for the whole
+// depth, panels follow one another.
+struct Panel {
+  int64_t first, columns;
+};
+template <typename V>
+inline Panel panel_of(int64_t column, int64_t columns) {
+  Panel panel{0, 0};
+  do {
+    panel.first += panel.columns;
+    panel.columns = detail::next_registers((columns - panel.first) / V::size) * V::size;
+  } while (column >= panel.first + panel.columns);
+  return panel;
+}
+
+// multiply_with for b in panels.
+template <typename V, typename Product = Values, typename Begin, typename Finish,
+    typename Acc = typename V::Acc>
+inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    const Acc* b, const Begin& begin, const Finish& finish) {
   int64_t registers;
   for (int64_t j = 0; j < columns; j += registers * V::size) {
-    const Matrix<const Acc> part{b.data + j, b.stride};
-    const Start<Acc> from{start.data == nullptr ? nullptr : start.data + j, start.stride};
-    const Matrix<Acc> to{c.data + j, c.stride};
-    // Not 3 and 1: the products of one register wait for each other.
-    const int64_t left = (columns - j) / V::size;
-    registers = left == 4 ? 2 : smaller(left, tile_registers);
-    if (registers == tile_registers) {
-      detail::multiply_columns<transposed, Product, V, tile_registers>(
-          rows, a, part, depth, from, to);
-    } else if (registers == 2) {
-      detail::multiply_columns<transposed, Product, V, 2>(rows, a, part, depth, from, to);
-    } else {
-      detail::multiply_columns<transposed, Product, V, 1>(rows, a, part, depth, from, to);
-    }
+    registers = detail::next_registers((columns - j) / V::size);
+    detail::multiply_registers<false, Product, V>(
+        registers, rows, a, {b + j * depth, registers * V::size}, depth, j, begin, finish);
   }
 }
 

@@ -5,14 +5,16 @@
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 
-// Packs a right side (depth, columns): element (k, j) is from[k · stride + j], or with `transposed`
-// from[j · stride + k], for j below `count` and 0 behind. In panels of a tile's columns, row by row.
+// Packs a right side (depth, columns) into the panels of multiply_panels: element (k, j) is
+// from[k · stride + j], or with `transposed` from[j · stride + k], for j below `count` and 0
+// behind.
 template <typename V, bool transposed, typename T, typename Acc = typename V::Acc>
-inline void pack_panels(const T* from, int64_t stride, int64_t count, int64_t depth,
-    int64_t columns, Acc* to) {
-  for (int64_t first = 0; first < columns; first += tile_columns<V>) {
-    const int64_t width = smaller(tile_columns<V>, columns - first);
-    const int64_t inside = count - first > 0 ? smaller(width, count - first) : 0;
+inline void pack_panels(
+    const T* from, int64_t stride, int64_t count, int64_t depth, int64_t columns, Acc* to) {
+  int64_t width;
+  for (int64_t first = 0; first < columns; first += width) {
+    width = panel_of<V>(first, columns).columns;
+    const int64_t inside = count > first ? smaller(width, count - first) : 0;
     Acc* panel = to + first * depth;
     if constexpr (transposed) {
       transpose(inside, depth, from + first * stride, stride, panel, width);
@@ -32,13 +34,14 @@ inline void pack_panels(const T* from, int64_t stride, int64_t count, int64_t de
   }
 }
 
-// The same of all heads' segments: `segments` blocks of `count` rows of a matrix (rows, depth),
-// `distance` rows apart, are columns next to each other.
+// The same, transposed, of `segments` blocks of `count` rows of a matrix (rows, depth), `distance`
+// rows apart: their rows are columns next to each other.
 template <typename V, typename T, typename Acc = typename V::Acc>
 inline void pack_segments(const T* from, int64_t stride, int64_t segments, int64_t distance,
     int64_t count, int64_t depth, int64_t columns, Acc* to) {
-  for (int64_t first = 0; first < columns; first += tile_columns<V>) {
-    const int64_t width = smaller(tile_columns<V>, columns - first);
+  int64_t width;
+  for (int64_t first = 0; first < columns; first += width) {
+    width = panel_of<V>(first, columns).columns;
     Acc* panel = to + first * depth;
     for (int64_t j = 0; j < width;) {
       const int64_t segment = (first + j) / count, row = (first + j) % count;
@@ -55,31 +58,28 @@ inline void pack_segments(const T* from, int64_t stride, int64_t segments, int64
   }
 }
 
-// Rounds a packed matrix and pairs its rows, where the product of T's pairs.
-template <typename T, typename Acc>
-inline void pair_panels(int64_t depth, int64_t columns, int64_t tile, Acc* packed) {
+// Rounds packed values and pairs their rows, where T's products are of pairs.
+template <typename V, typename T, typename Acc = typename V::Acc>
+inline void pair_panels(int64_t depth, int64_t columns, Acc* packed) {
   if constexpr (Products<T>::pairs) {
-    for (int64_t first = 0; first < columns; first += tile) {
-      const int64_t width = smaller(tile, columns - first);
-      Acc* panel = packed + first * depth;
+    int64_t width;
+    for (int64_t first = 0; first < columns; first += width) {
+      width = panel_of<V>(first, columns).columns;
+      Acc *from = packed + first * depth, *to = packed + first * depth_of<T>(depth);
       for (int64_t k = 0; k < depth; k += 2) {
-        pair_rows(panel + k * width, k + 1 < depth ? panel + (k + 1) * width : nullptr, width);
+        pair_rows(from + k * width, k + 1 < depth ? from + (k + 1) * width : nullptr, width);
+        copy_columns(1, width, from + k * width, width, to + k / 2 * width, width);
       }
     }
   }
 }
 
-// c = start + a · b for b packed, of all columns of b. Of pairs with T's product.
+// c = start + a · b for b packed, all its columns, as T's products.
 template <typename V, typename T = typename V::Acc, typename Acc = typename V::Acc>
-inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
     const Acc* b, Start<Acc> start, Matrix<Acc> c) {
-  for (int64_t first = 0; first < columns; first += tile_columns<V>) {
-    const int64_t width = smaller(tile_columns<V>, columns - first);
-    const Start<Acc> from{start.data == nullptr ? nullptr : start.data + first, start.stride};
-    const int64_t stride = Products<T>::pairs ? 2 * width : width;
-    multiply<false, V, typename Products<T>::type>(rows, width, depth_of<T>(depth), a,
-        {b + first * depth, stride}, from, {c.data + first, c.stride});
-  }
+  multiply_panels<V, typename Products<T>::type>(
+      rows, columns, depth_of<T>(depth), a, b, From<V>{start}, To<V>{c});
 }
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

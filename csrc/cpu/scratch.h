@@ -21,6 +21,12 @@ struct Scratch {
   }
 };
 
+template <typename T>
+const T* pixel_of(const Pixels& x, int64_t image, int64_t row, int64_t column) {
+  return static_cast<const T*>(x.data) + image * x.stride_batch + row * x.stride_row +
+         column * x.stride_column;
+}
+
 template <typename T, typename Acc>
 Acc value_at(const Parameter& parameter, int64_t i) {
   return parameter.is_accumulator

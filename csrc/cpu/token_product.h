@@ -17,7 +17,6 @@ void token_product(const TokenProduct& args, void* memory, int64_t begin, int64_
   Scratch<Acc> scratch(memory);
   Acc* left = scratch.take(TokenProduct::depth * block);
   Acc* sums = scratch.take(block * width);
-  Acc* part = scratch.take(block * width);
   const Acc factor = static_cast<Acc>(args.factor);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task * block, rows = smaller(block, args.rows - row);
@@ -30,8 +29,7 @@ void token_product(const TokenProduct& args, void* memory, int64_t begin, int64_
         for (int64_t t0 = 0; t0 < depth; t0 += 32) {
           Acc short_sums[block] = {};
           for (int64_t t = t0; t < smaller(t0 + 32, depth); ++t) {
-            const Acc weight =
-                weights == nullptr ? Acc{1} : weights[first + t];
+            const Acc weight = weights == nullptr ? Acc{1} : weights[first + t];
             for (int64_t i = 0; i < rows; ++i) {
               const Acc value = static_cast<Acc>(widened(from[t * args.left_stride + i])) * factor;
               left[t * block + i] = value;
@@ -47,11 +45,8 @@ void token_product(const TokenProduct& args, void* memory, int64_t begin, int64_
         copy(static_cast<const Acc*>(args.left));
       }
       const Acc* right = static_cast<const Acc*>(args.right) + first * args.right_stride;
-      multiply<true, V>(rows, width, depth, {left, block}, {right, args.right_stride},
-          {nullptr, 0}, {first > 0 ? part : sums, width});
-      for (int64_t c = 0; first > 0 && c < rows * width; c += V::size) {
-        (V::load(sums + c) + V::load(part + c)).store(sums + c);
-      }
+      multiply_with<true, V>(rows, width, depth, {left, block}, {right, args.right_stride},
+          From<V>{}, AddedTo<V>{{sums, width}, first == 0});
     }
     copy_columns(rows, args.columns, sums, width,
         static_cast<Acc*>(args.out) + row * args.out_stride, args.out_stride);

@@ -130,10 +130,31 @@ def _attention_flops(s: Stage) -> int:
     return s.batch * (6 * tokens * width**2 + 4 * tokens**2 * width)
 
 
+def _mixing_shapes(s: Stage) -> Shapes:
+    return {
+        "local": (s.batch, s.local_channels, *s.grid),
+        "global_": (s.batch, s.global_channels, *s.global_grid),
+        "weight": (s.channels, s.channels),
+        "bias": (s.channels,),
+        "residual": (s.batch, s.channels, *s.grid),
+    }
+
+
+def _mixing_flops(s: Stage) -> int:
+    """Of the forward's products: the local half on its grid, the global half on the coarse one."""
+    return 2 * _streams(s) * s.channels
+
+
+def _streams(s: Stage) -> int:
+    """Elements of both streams."""
+    return _pixels(s) * s.local_channels + s.batch * _tokens(s) * s.global_channels
+
+
 # Depthwise 3×3 per element: 9 MACs, bias included, + 2 of the affine + 1 of the residual; in the
 # backward as many MACs for grad x and for grad weight each. Read x, write the output; backward:
 # read the output's gradient and x, write x's gradient. Attention: products alone, twice as many in
-# the backward (what it recomputes is its own affair); reads and writes as above.
+# the backward (what it recomputes is its own affair); reads and writes as above. Mixing: the same,
+# the residual read in the forward, its gradient that of the output.
 CASES = (
     Case(
         operation="depthwise_conv3x3",
@@ -169,6 +190,19 @@ CASES = (
         elements=lambda s: (
             2 * s.batch * _tokens(s) * s.global_channels,
             3 * s.batch * _tokens(s) * s.global_channels,
+        ),
+    ),
+    Case(
+        operation="upsample_concat",
+        use="mixing",
+        formula="residual + conv1×1(concat[local, bilinear(global_)])",
+        shapes=_mixing_shapes,
+        activations=("residual", "local", "global_"),
+        baselines=EAGER_BASELINES,
+        flops=lambda s: (_mixing_flops(s), 2 * _mixing_flops(s)),
+        elements=lambda s: (
+            _streams(s) + 2 * _pixels(s) * s.channels,
+            2 * _streams(s) + _pixels(s) * s.channels,
         ),
     ),
 )

@@ -104,7 +104,8 @@ def explain(
     case: Case, inputs: Inputs, backend: str | Sequence[str]
 ) -> dsnet_kernels.backends.Explanation:
     """Which backend runs ``case`` on these arguments, and why not the others."""
-    leading = [inputs.tensors[name] for name in case.activations]
+    names = dsnet_kernels.backends.OPERATIONS[case.operation].tensors
+    leading = [inputs.tensors[name] for name in names]
     options = {name: inputs.constants[name] for name in case.options}
     return dsnet_kernels.explain(case.operation, *leading, backend=backend, **options)
 

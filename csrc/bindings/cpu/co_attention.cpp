@@ -28,9 +28,9 @@ class Call {
       : shape(check_co_attention<cpu::CoAttentionShape>(
             local, global, num_heads, parameters, dropout_p, seed)),
         layout(shape,
-            absorbed.has_value() ? *absorbed
-                                 : absorbs(shape.local_tokens, shape.global_tokens,
-                                       shape.local_width, shape.heads),
+            absorbed.has_value()
+                ? *absorbed
+                : absorbs(shape.local_tokens, shape.global_tokens, shape.local_width, shape.heads),
             backward),
         scratch(cpu::scratch_of(shape, layout, backward)),
         space("local", local),
@@ -74,7 +74,9 @@ class Call {
   }
 
   // Products of the steps' tasks, roughly.
-  int64_t pack_products() const { return 8 * shape.head_dim * (shape.local_width + shape.global_width); }
+  int64_t pack_products() const {
+    return 8 * shape.head_dim * (shape.local_width + shape.global_width);
+  }
   int64_t prologue_products() const {
     return 3 * shape.global_tokens * shape.head_dim * (shape.global_width + shape.local_width);
   }
@@ -89,7 +91,7 @@ class Call {
 
  private:
   void take(const char* name, const OptionalTensor& parameter,
-      cpu::Parameter cpu::CoAttentionCall::*to) {
+      cpu::Parameter cpu::CoAttentionCall::* to) {
     if (!parameter.has_value()) return;
     held_.push_back(as_contiguous(*parameter));
     parameters_.*to = space.view_of(name, held_.back());
@@ -107,9 +109,8 @@ class Call {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& local,
     const Tensor& global, int64_t num_heads, const Tensor& global_norm_weight,
     const Tensor& global_norm_bias, const Tensor& local_qkv_weight, const Tensor& local_qkv_bias,
-    const Tensor& global_qkv_weight, const Tensor& global_qkv_bias,
-    const Tensor& local_proj_weight, const Tensor& local_proj_bias,
-    const Tensor& global_proj_weight, const Tensor& global_proj_bias,
+    const Tensor& global_qkv_weight, const Tensor& global_qkv_bias, const Tensor& local_proj_weight,
+    const Tensor& local_proj_bias, const Tensor& global_proj_weight, const Tensor& global_proj_bias,
     const OptionalTensor& local_scale, const OptionalTensor& local_shift, double eps,
     double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed) {
   const CoAttentionParameters parameters{global_norm_weight, global_norm_bias, local_qkv_weight,
@@ -175,21 +176,52 @@ std::vector<cpu::TokenProduct> products_of(const cpu::CoAttentionBackward& args,
   const int64_t M = s.batch * s.global_tokens, N = s.batch * s.local_tokens;
   const auto values = [](const void* data) { return static_cast<const Acc*>(data); };
   std::vector<cpu::TokenProduct> products;
-  products.push_back({.left = args.grad_global_qkv, .right = args.y, .out = out + at.global_qkv,
-      .sums = out + at.global_qkv_bias, .weights = nullptr, .tokens = M, .rows = 3 * dim,
-      .columns = Cg, .left_stride = 3 * dim, .right_stride = layout.global, .out_stride = Cg});
-  products.push_back({.left = args.grad_global, .right = args.attended_copy,
-      .out = out + at.global_proj, .sums = out + at.global_proj_bias, .weights = nullptr,
-      .tokens = M, .rows = Cg, .columns = dim, .left_stride = Cg, .right_stride = dim,
-      .out_stride = dim, .left_is_stored = true});
+  products.push_back({.left = args.grad_global_qkv,
+      .right = args.y,
+      .out = out + at.global_qkv,
+      .sums = out + at.global_qkv_bias,
+      .weights = nullptr,
+      .tokens = M,
+      .rows = 3 * dim,
+      .columns = Cg,
+      .left_stride = 3 * dim,
+      .right_stride = layout.global,
+      .out_stride = Cg});
+  products.push_back({.left = args.grad_global,
+      .right = args.attended_copy,
+      .out = out + at.global_proj,
+      .sums = out + at.global_proj_bias,
+      .weights = nullptr,
+      .tokens = M,
+      .rows = Cg,
+      .columns = dim,
+      .left_stride = Cg,
+      .right_stride = dim,
+      .out_stride = dim,
+      .left_is_stored = true});
   if (!layout.absorbed) {
-    products.push_back({.left = args.grad_local_qkv, .right = args.tokens,
-        .out = out + at.local_qkv, .sums = out + at.local_qkv_bias, .weights = nullptr,
-        .tokens = N, .rows = 3 * dim, .columns = Cl, .left_stride = 3 * dim,
-        .right_stride = layout.local, .out_stride = Cl});
-    products.push_back({.left = args.grad_local, .right = args.heads_out,
-        .out = out + at.local_proj, .sums = nullptr, .weights = nullptr, .tokens = N, .rows = Cl,
-        .columns = dim, .left_stride = Cl, .right_stride = dim, .out_stride = dim,
+    products.push_back({.left = args.grad_local_qkv,
+        .right = args.tokens,
+        .out = out + at.local_qkv,
+        .sums = out + at.local_qkv_bias,
+        .weights = nullptr,
+        .tokens = N,
+        .rows = 3 * dim,
+        .columns = Cl,
+        .left_stride = 3 * dim,
+        .right_stride = layout.local,
+        .out_stride = Cl});
+    products.push_back({.left = args.grad_local,
+        .right = args.heads_out,
+        .out = out + at.local_proj,
+        .sums = nullptr,
+        .weights = nullptr,
+        .tokens = N,
+        .rows = Cl,
+        .columns = dim,
+        .left_stride = Cl,
+        .right_stride = dim,
+        .out_stride = dim,
         .left_is_stored = true});
     return products;
   }
@@ -202,25 +234,37 @@ std::vector<cpu::TokenProduct> products_of(const cpu::CoAttentionBackward& args,
     const Acc* lefts[] = {global_qkv + dim, global_qkv, values(args.grad_attended) + h * d};
     for (int64_t part = 0; part < 3; ++part) {
       const int64_t row = part * dim + h * d;
-      products.push_back({.left = lefts[part], .right = sums(part),
+      products.push_back({.left = lefts[part],
+          .right = sums(part),
           .out = out + at.local_qkv + row * Cl,
           .sums = out + at.local_qkv_bias + row,
           .weights = values(args.row_sums) + (part * s.heads + h) * M,
-          .tokens = M, .rows = d, .columns = Cl, .left_stride = part == 2 ? dim : 3 * dim,
-          .right_stride = layout.inner, .out_stride = Cl, .factor = part == 2 ? 1 : scale});
+          .tokens = M,
+          .rows = d,
+          .columns = Cl,
+          .left_stride = part == 2 ? dim : 3 * dim,
+          .right_stride = layout.inner,
+          .out_stride = Cl,
+          .factor = part == 2 ? 1 : scale});
     }
-    products.push_back({.left = sums(3), .right = global_qkv + 2 * dim,
-        .out = out + at.local_proj + h * d, .sums = nullptr, .weights = nullptr, .tokens = M,
-        .rows = Cl, .columns = d, .left_stride = layout.inner, .right_stride = 3 * dim,
+    products.push_back({.left = sums(3),
+        .right = global_qkv + 2 * dim,
+        .out = out + at.local_proj + h * d,
+        .sums = nullptr,
+        .weights = nullptr,
+        .tokens = M,
+        .rows = Cl,
+        .columns = d,
+        .left_stride = layout.inner,
+        .right_stride = 3 * dim,
         .out_stride = dim});
   }
   return products;
 }
 
 template <typename Acc>
-void gradients_of_weights(
-    const Call& call, cpu::CoAttentionBackward& args, cpu::CoAttentionBackwardKernels kernels,
-    Acc* out) {
+void gradients_of_weights(const Call& call, cpu::CoAttentionBackward& args,
+    cpu::CoAttentionBackwardKernels kernels, Acc* out) {
   const cpu::CoAttentionShape& shape = call.shape;
   const cpu::CoAttentionLayout& layout = call.layout;
   const Places at(shape);
@@ -326,7 +370,8 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   call.run(kernels.finish, args, B * layout.row_blocks, 3 * call.finish_products());
   with_accumulator(space.storage, [&](auto value) {
     using Acc = decltype(value);
-    gradients_of_weights(call, args, kernels, static_cast<Acc*>(grad_parameters.mutable_data_ptr()));
+    gradients_of_weights(
+        call, args, kernels, static_cast<Acc*>(grad_parameters.mutable_data_ptr()));
   });
   return {grad_local_in, grad_global_in, grad_parameters};
 }
