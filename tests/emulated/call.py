@@ -33,6 +33,7 @@ class Call:
 
     def __init__(self, emulator: ModuleType, dtype: torch.dtype) -> None:
         self.emulator = emulator
+        self.dtype = dtype
         self.storage = getattr(emulator.Storage, str(dtype).removeprefix("torch."))
         self._buffers: dict[str, Any] = {}
 
@@ -51,6 +52,14 @@ class Call:
         tensor = with_adjacent_channels(tensor.detach())
         address = self.place(name, tensor)
         return self.emulator.Pixels(address, *(tensor.stride(d) for d in (0, 2, 3)))
+
+    def channels_last(self, name: str, tensor: Tensor) -> int:
+        """Address of (B, H, W, C) contiguous, copied first where the bindings copy."""
+        return self.place(name, tensor.detach().permute(0, 2, 3, 1).contiguous())
+
+    def matrix(self, name: str, tensor: Tensor) -> int:
+        """Address of a contiguous matrix in the dtype of the activations."""
+        return self.place(name, tensor.detach().to(self.dtype).contiguous())
 
     def parameter(self, name: str, tensor: Tensor | None) -> Any:
         """Contiguous values, or the mark of their absence."""

@@ -1,36 +1,20 @@
 // Python module: the depthwise convolution's CUDA launchers in the emulator.
 #include "cuda/depthwise_conv3x3.cuh"
 
-#include "emulator/bind.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 using namespace dsnet;
 using namespace dsnet::cuda;
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using emulator::at;
 
 PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
-  emulator::bind(m);
-
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::float32)
-      .value("bfloat16", Storage::bfloat16)
-      .value("float16", Storage::float16);
+  emulator::bind_arguments(m);
 
   py::class_<Pixels>(m, "Pixels", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch, int64_t row, int64_t column) {
         return Pixels{at<void>(data), batch, row, column};
       }));
-  py::class_<Parameter>(m, "Parameter", py::module_local())
-      .def(py::init(
-          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
   py::class_<DepthwiseShape>(m, "Shape", py::module_local())
       .def(py::init<int64_t, int64_t, int64_t, int64_t>());
 

@@ -1,32 +1,16 @@
 // Python module: the global attention's CUDA launchers in the emulator.
 #include "cuda/global_attention_backward.cuh"
 
-#include "emulator/bind.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 using namespace dsnet;
 using namespace dsnet::cuda;
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using emulator::at;
 
 PYBIND11_MODULE(emulator_global_attention, m) {
-  emulator::bind(m);
+  emulator::bind_arguments(m);
 
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::float32)
-      .value("bfloat16", Storage::bfloat16)
-      .value("float16", Storage::float16);
-
-  py::class_<Parameter>(m, "Parameter", py::module_local())
-      .def(py::init(
-          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
   py::class_<AttentionShape>(m, "Shape", py::module_local())
       .def(py::init([](int64_t batch, int64_t tokens, int64_t width, int64_t heads) {
         return AttentionShape{batch, tokens, heads, width / heads};
