@@ -30,7 +30,7 @@ DSNET_ANYWHERE Matrix<T> dense(const void* data, int64_t rows, int64_t columns) 
 
 // mixed = global · W_gᵀ.
 template <typename T>
-__global__ void __launch_bounds__(UpsampleLaunch::threads)
+__global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
     upsample_concat_mix(const UpsampleForward args, const UpsampleLaunch l) {
   const UpsampleShape& shape = args.shape;
   const ProductPlace place(l.mixed_blocks);
@@ -95,7 +95,7 @@ DSNET_DEVICE void load_parameter_part(
 
 // out = residual + branch_scale · (local · W_lᵀ + up(mixed) + bias).
 template <typename T>
-__global__ void __launch_bounds__(UpsampleLaunch::threads)
+__global__ void __launch_bounds__(UpsampleLaunch::threads, sampling_blocks)
     upsample_concat_forward(const UpsampleForward args, const UpsampleLaunch l) {
   const UpsampleShape& shape = args.shape;
   const ProductPlace place(l.mixed_blocks);

@@ -13,7 +13,7 @@ namespace dsnet::cuda {
 
 // D: each cell gathers the pixels that lie beside it.
 template <typename T, int P>
-__global__ void __launch_bounds__(UpsampleLaunch::threads)
+__global__ void __launch_bounds__(UpsampleLaunch::threads, gather_blocks)
     upsample_concat_gather(const UpsampleBackward args, const UpsampleLaunch l) {
   constexpr int row_values = UpsampleLaunch::gather_packs * P;
   __shared__ SharedArray<float, UpsampleLaunch::gather_rows * row_values> exchange_storage;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads)
 
 // out = factor · (left · right), left in L and computed so.
 template <typename L, typename T>
-__global__ void __launch_bounds__(UpsampleLaunch::threads)
+__global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
     upsample_concat_backward_rows(const Matrix<L> left, const Matrix<T> right,
         const Factors factors, int64_t column_blocks, bool packed, T* out) {
   const ProductPlace place(column_blocks);
@@ -107,7 +107,7 @@ inline constexpr size_t weight_bytes =
 // Of one slot's rows of left (rows, C) and right: leftᵀ·right, and the column sums of left. Left is
 // multiplied by the factors and rounded to L again.
 template <typename L, typename T>
-__global__ void __launch_bounds__(UpsampleLaunch::threads)
+__global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
     upsample_concat_backward_weight(const Matrix<L> left, const Matrix<T> right,
         const Factors factors, bool packed, const WeightSums sums) {
   constexpr int columns = UpsampleLaunch::block_columns;

@@ -13,6 +13,10 @@ namespace dsnet::cuda {
 // Of the contracted dimension, in shared memory at a time.
 inline constexpr int tile_depth = 32;
 
+// Blocks that share a multiprocessor, by the registers that they take without spills: of a product,
+// of one that samples, of the gather.
+inline constexpr int product_blocks = 5, sampling_blocks = 4, gather_blocks = 8;
+
 // Rows of `columns` values, `stride` apart.
 template <typename T>
 struct Matrix {
