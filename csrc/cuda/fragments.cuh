@@ -311,6 +311,14 @@ DSNET_DEVICE void load_values(const T* p, bool packed, float (&out)[N]) {
   }
 }
 
+// The first `count` of eight neighbours, the others zero; packed, count is 8 or none.
+template <typename T>
+DSNET_DEVICE void load_eight(const T* p, int count, bool packed, float (&out)[8]) {
+  if (packed && count > 0) return load_values(p, true, out);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = i < count ? widen(load_global<T>(p + i)) : 0.0f;
+}
+
 template <typename T>
 DSNET_DEVICE void store_eight(T* p, const float (&values)[8]) {
   constexpr int width = 16 / sizeof(T);
@@ -323,17 +331,14 @@ DSNET_DEVICE void store_eight(T* p, const float (&values)[8]) {
   }
 }
 
-// Eight neighbours where `packed`, else the first `count` of them; the others are zero.
+// The same of the first `count` neighbours, by value where not `packed`; packed, count is 8 or
+// none.
 template <typename T>
-DSNET_DEVICE void load_part(const T* p, int count, bool packed, float (&out)[8]) {
-  if (packed) return load_values(p, true, out);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = i < count ? widen(load_global<T>(p + i)) : 0.0f;
-}
-
-template <typename T>
-DSNET_DEVICE void store_part(T* p, int count, bool packed, const float (&values)[8]) {
-  if (packed) return store_eight(p, values);
+DSNET_DEVICE void store_eight(T* p, int count, bool packed, const float (&values)[8]) {
+  if (packed) {
+    if (count > 0) store_eight(p, values);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (i < count) store_global(p + i, narrow(values[i], T{}));

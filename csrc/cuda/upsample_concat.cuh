@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
   for_each_eight(result, [&](int block_row, int block_column, const float (&values)[8]) {
     const int64_t row = place.first_row + block_row, column = place.first_column + block_column;
     const int count = row < rows ? part_of_eight(column, channels) : 0;
-    if (count > 0) store_part(args.mixed + row * channels + column, count, l.packed, values);
+    if (count > 0) store_eight(args.mixed + row * channels + column, count, l.packed, values);
   });
 }
 
@@ -72,8 +72,8 @@ class Sampler {
     const float* cells =
         args_.mixed + column + (image_ * shape.cells + row * shape.global_width) * shape.channels;
     float left[8], right[8];
-    load_part(cells + x_.low * shape.channels, count, packed, left);
-    load_part(cells + x_.high * shape.channels, count, packed, right);
+    load_eight(cells + x_.low * shape.channels, count, packed, left);
+    load_eight(cells + x_.high * shape.channels, count, packed, right);
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] = fmaf(x_.low_weight, left[i], x_.high_weight * right[i]);
   }
@@ -84,12 +84,12 @@ class Sampler {
 };
 
 template <typename T>
-DSNET_DEVICE void load_parameter_part(
+DSNET_DEVICE void load_parameter_eight(
     const Parameter& parameter, int64_t column, int count, bool packed, float (&out)[8]) {
   if (parameter.is_float32) {
-    load_part(static_cast<const float*>(parameter.data) + column, count, packed, out);
+    load_eight(static_cast<const float*>(parameter.data) + column, count, packed, out);
   } else {
-    load_part(static_cast<const T*>(parameter.data) + column, count, packed, out);
+    load_eight(static_cast<const T*>(parameter.data) + column, count, packed, out);
   }
 }
 
@@ -114,16 +114,16 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, sampling_blocks)
     float values[8], bias[8] = {}, residual[8] = {};
     Sampler(args, row).sample(column, count, l.packed, values);
     if (args.bias.data != nullptr) {
-      load_parameter_part<T>(args.bias, column, count, l.packed, bias);
+      load_parameter_eight<T>(args.bias, column, count, l.packed, bias);
     }
     if (args.residual != nullptr) {
-      load_part(static_cast<const T*>(args.residual) + at, count, l.packed, residual);
+      load_eight(static_cast<const T*>(args.residual) + at, count, l.packed, residual);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       values[i] = fmaf(factor, mixed[i] + values[i] + bias[i], residual[i]);
     }
-    store_part(static_cast<T*>(args.out) + at, count, l.packed, values);
+    store_eight(static_cast<T*>(args.out) + at, count, l.packed, values);
   });
 }
 

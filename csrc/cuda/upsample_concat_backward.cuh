@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, gather_blocks)
     const int first_row = first_pixel(rows, cell_row - 1);
     const int last_row = first_pixel(rows, cell_row + 1);
     const int first_column = first_pixel(columns, cell_column - 1);
-    const int width = first_pixel(columns, cell_column + 1) - first_column;
+    const int extent = first_pixel(columns, cell_column + 1) - first_column;
     const T* grad =
         static_cast<const T*>(args.grad) + image * shape.pixels * shape.channels + column;
     // Every lane takes every `lanes`-th pixel, row by row.
-    int row = width > 0 ? first_row + lane / width : last_row;
-    int offset = width > 0 ? lane % width : 0;
+    int row = extent > 0 ? first_row + lane / extent : last_row;
+    int offset = extent > 0 ? lane % extent : 0;
     while (row < last_row) {
       const float weight = Sample(rows, row).weight_of(cell_row) *
                            Sample(columns, first_column + offset).weight_of(cell_column);
@@ -51,22 +51,34 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, gather_blocks)
 #pragma unroll
       for (int i = 0; i < P; ++i) sum[i] = fmaf(weight, values[i], sum[i]);
       offset += l.lanes;
-      row += offset / width;
-      offset %= width;
+      row += offset / extent;
+      offset %= extent;
     }
   }
+  constexpr int width = P < 4 ? P : 4;
+  using Part = Pack<float, width>;
 #pragma unroll
-  for (int i = 0; i < P; ++i) store_shared(exchange + i, sum[i]);
+  for (int i = 0; i < P; i += width) {
+    Part part;
+#pragma unroll
+    for (int k = 0; k < width; ++k) part.values[k] = sum[i + k];
+    store_shared(exchange + i, part);
+  }
   __syncthreads();
   if (!is_active || lane > 0) return;
   const float factor = Factors{args.branch_scale, 1}.at<T>(image);
   float* out = args.grad_mixed + cell * shape.channels + column;
 #pragma unroll
-  for (int i = 0; i < P; ++i) {
+  for (int i = 0; i < P; i += width) {
+    auto total = load_shared<Part>(exchange + i);
     for (int other = 1; other < l.lanes; ++other) {
-      sum[i] += load_shared<float>(exchange + other * row_values + i);
+      const auto part = load_shared<Part>(exchange + other * row_values + i);
+#pragma unroll
+      for (int k = 0; k < width; ++k) total.values[k] += part.values[k];
     }
-    store_global(out + i, factor * sum[i]);
+#pragma unroll
+    for (int k = 0; k < width; ++k) total.values[k] *= factor;
+    store_global(out + i, total);
   }
 }
 
@@ -86,7 +98,7 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
     float values[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = factor * product[i];
-    store_part(out + row * right.columns + column, count, packed, values);
+    store_eight(out + row * right.columns + column, count, packed, values);
   });
 }
 
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
     const int count = channel < left.columns ? part_of_eight(column, right.columns) : 0;
     if (count == 0) return;
     float* out = sums.weight + (slot * left.columns + channel) * sums.stride + column;
-    store_part(out, count, packed, values);
+    store_eight(out, count, packed, values);
   });
   if (has_bias && first_left + thread < left.columns) {
     store_global(sums.bias + slot * left.columns + first_left + thread, bias);

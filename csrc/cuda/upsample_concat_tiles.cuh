@@ -75,7 +75,7 @@ DSNET_DEVICE void copy_tile(V* shared, const Matrix<T>& matrix, int64_t first_ro
       }
     }
     float values[8];
-    load_part(from, count, packed && count > 0, values);
+    load_eight(from, count, packed, values);
     const float factor = count > 0 ? factors.at<T>(row) : 1.0f;
 #pragma unroll
     for (int k = 0; k < 8; ++k) store_shared(to + k, narrow(values[k] * factor, V{}));
