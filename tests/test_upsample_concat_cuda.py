@@ -115,7 +115,7 @@ def launches(emulator, shape, storage, address=0):
     tensors = [address] * 3
     yield emulator.launch(emulator.Forward(size, *tensors, absent, 0, absent, 0, address), storage)
     yield emulator.launch(
-        emulator.Backward(size, *tensors, address, absent, 0, address, address, 0, 0, 0), storage
+        emulator.Backward(size, *tensors, address, absent, 0, address, address, 0, 0), storage
     )
 
 

@@ -6,7 +6,7 @@ import emulator_build
 import torch
 from torch import Tensor
 
-from .call import Call, change
+from .call import Call
 
 
 def _shape(emulator: Any, local: Tensor, global_: Tensor, weight: Tensor) -> Any:
@@ -34,7 +34,7 @@ def forward(
     if out.numel() == 0:
         return out
     emulator = emulator_build.load("upsample_concat")
-    call = Call(emulator, local.dtype)
+    call = Call(emulator, local.dtype, seed, fields)
     cells = batch * global_.shape[2] * global_.shape[3]
     args = emulator.Forward(
         _shape(emulator, local, global_, weight),
@@ -47,9 +47,7 @@ def forward(
         call.output("mixed", cells * channels, torch.float32),
         call.output("out", out.numel(), local.dtype),
     )
-    emulator.set_seed(seed)
-    launch = change(emulator.launch(args, call.storage), **fields)
-    emulator.forward(args, call.storage, launch)
+    call.run(emulator.forward, args, call.launch(args, call.storage))
     return call.result_channels_last("out", out)
 
 
@@ -69,9 +67,9 @@ def backward(
         zeros = torch.zeros(weight.shape), torch.zeros(channels)
         return torch.zeros_like(local), torch.zeros_like(global_), *zeros
     emulator = emulator_build.load("upsample_concat")
-    call = Call(emulator, local.dtype)
+    call = Call(emulator, local.dtype, seed, fields)
     cells = global_.shape[0] * global_.shape[2] * global_.shape[3]
-    inputs = (
+    args = emulator.Backward(
         _shape(emulator, local, global_, weight),
         call.channels_last("grad", grad),
         call.channels_last("local", local),
@@ -81,16 +79,12 @@ def backward(
         call.output("grad_mixed", cells * channels, single),
         call.output("grad_local", local.numel(), local.dtype),
         call.output("grad_global", global_.numel(), local.dtype),
-    )
-    sums = (
         call.output("grad_weight", weight.numel(), single),
         call.output("grad_bias", channels, single),
     )
-    without_partials = emulator.Backward(*inputs, 0, *sums)
-    launch = change(emulator.launch(without_partials, call.storage), **fields)
-    partials = call.output("partials", launch.slots * (weight.numel() + channels), single)
-    emulator.set_seed(seed)
-    emulator.backward(emulator.Backward(*inputs, partials, *sums), call.storage, launch)
+    launch = call.launch(args, call.storage)
+    args.partials = call.output("partials", launch.slots * (weight.numel() + channels), single)
+    call.run(emulator.backward, args, launch)
     return (
         call.result_channels_last("grad_local", local),
         call.result_channels_last("grad_global", global_),

@@ -1,8 +1,12 @@
 // What the test modules of CUDA launchers bind alike.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/storage.h"
 #include "emulator/bind.h"
+
+struct CUstream_st;
 
 namespace dsnet::emulator {
 
@@ -22,6 +26,24 @@ inline void bind_arguments(py::module_& m) {
   py::class_<Parameter>(m, "Parameter", py::module_local())
       .def(py::init(
           [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
+}
+
+// Binds a launcher, which has no stream here.
+template <typename Args, typename Launch>
+void bind_launcher(py::module_& m, const char* name,
+    void (*launcher)(const Args&, cuda::Storage, const Launch&, CUstream_st*)) {
+  m.def(name, [launcher](const Args& args, cuda::Storage storage, const Launch& launch) {
+    launcher(args, storage, launch, nullptr);
+  });
+}
+
+// The write-only property of an address among the arguments.
+template <auto member, typename Args>
+void bind_address(py::class_<Args>& arguments, const char* name) {
+  arguments.def_property(name, nullptr, [](Args& args, uintptr_t address) {
+    using Pointer = std::remove_reference_t<decltype(args.*member)>;
+    args.*member = at<std::remove_pointer_t<Pointer>>(address);
+  });
 }
 
 }  // namespace dsnet::emulator

@@ -23,13 +23,14 @@ PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
                         Parameter scale, Parameter shift, bool residual, uintptr_t out) {
         return DepthwiseForward{shape, x, weight, bias, scale, shift, residual, at<void>(out)};
       }));
-  py::class_<DepthwiseBackward>(m, "Backward", py::module_local())
-      .def(py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight,
-                        Parameter scale, Parameter shift, bool residual, uintptr_t grad_x,
-                        uintptr_t partials, uintptr_t rows) {
+  py::class_<DepthwiseBackward> backward(m, "Backward", py::module_local());
+  backward.def(
+      py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight, Parameter scale,
+                   Parameter shift, bool residual, uintptr_t grad_x, uintptr_t rows) {
         return DepthwiseBackward{shape, grad, x, weight, scale, shift, residual, at<void>(grad_x),
-            at<float>(partials), at<float>(rows)};
+            nullptr, at<float>(rows)};
       }));
+  emulator::bind_address<&DepthwiseBackward::partials>(backward, "partials");
 
   py::class_<DepthwiseLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("threads", &DepthwiseLaunch::threads)
@@ -45,16 +46,8 @@ PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
       .def("blocks", &DepthwiseLaunch::blocks)
       .def("__str__", [](const DepthwiseLaunch& l) { return text(l); });
 
-  m.def("launch", [](const DepthwiseForward& args, Storage storage) {
-    return depthwise_launch(args, storage);
-  });
-  m.def("launch", [](const DepthwiseBackward& args, Storage storage) {
-    return depthwise_launch(args, storage);
-  });
-  m.def("forward", [](const DepthwiseForward& args, Storage storage, const DepthwiseLaunch& l) {
-    depthwise_forward(args, storage, l, nullptr);
-  });
-  m.def("backward", [](const DepthwiseBackward& args, Storage storage, const DepthwiseLaunch& l) {
-    depthwise_backward(args, storage, l, nullptr);
-  });
+  m.def("launch", py::overload_cast<const DepthwiseForward&, Storage>(&depthwise_launch));
+  m.def("launch", py::overload_cast<const DepthwiseBackward&, Storage>(&depthwise_launch));
+  emulator::bind_launcher(m, "forward", depthwise_forward);
+  emulator::bind_launcher(m, "backward", depthwise_backward);
 }

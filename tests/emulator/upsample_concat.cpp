@@ -25,16 +25,16 @@ PYBIND11_MODULE(emulator_upsample_concat, m) {
         return UpsampleForward{shape, at<void>(local), at<void>(global), at<void>(weight), bias,
             at<void>(residual), branch_scale, at<float>(mixed), at<void>(out)};
       }));
-  py::class_<UpsampleBackward>(m, "Backward", py::module_local())
-      .def(py::init([](UpsampleShape shape, uintptr_t grad, uintptr_t local, uintptr_t global,
-                        uintptr_t weight, Parameter branch_scale, uintptr_t grad_mixed,
-                        uintptr_t grad_local, uintptr_t grad_global, uintptr_t partials,
-                        uintptr_t grad_weight, uintptr_t grad_bias) {
+  py::class_<UpsampleBackward> backward(m, "Backward", py::module_local());
+  backward.def(py::init(
+      [](UpsampleShape shape, uintptr_t grad, uintptr_t local, uintptr_t global, uintptr_t weight,
+          Parameter branch_scale, uintptr_t grad_mixed, uintptr_t grad_local, uintptr_t grad_global,
+          uintptr_t grad_weight, uintptr_t grad_bias) {
         return UpsampleBackward{shape, at<void>(grad), at<void>(local), at<void>(global),
             at<void>(weight), branch_scale, at<float>(grad_mixed), at<void>(grad_local),
-            at<void>(grad_global), at<float>(partials), at<float>(grad_weight),
-            at<float>(grad_bias)};
+            at<void>(grad_global), nullptr, at<float>(grad_weight), at<float>(grad_bias)};
       }));
+  emulator::bind_address<&UpsampleBackward::partials>(backward, "partials");
 
   py::class_<UpsampleLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("block_rows", &UpsampleLaunch::block_rows)
@@ -56,14 +56,8 @@ PYBIND11_MODULE(emulator_upsample_concat, m) {
       .def_readwrite("cells_of_slot", &UpsampleLaunch::cells_of_slot)
       .def("__str__", [](const UpsampleLaunch& l) { return text(l); });
 
-  m.def("launch",
-      [](const UpsampleForward& args, Storage storage) { return upsample_launch(args, storage); });
-  m.def("launch",
-      [](const UpsampleBackward& args, Storage storage) { return upsample_launch(args, storage); });
-  m.def("forward", [](const UpsampleForward& args, Storage storage, const UpsampleLaunch& l) {
-    upsample_forward(args, storage, l, nullptr);
-  });
-  m.def("backward", [](const UpsampleBackward& args, Storage storage, const UpsampleLaunch& l) {
-    upsample_backward(args, storage, l, nullptr);
-  });
+  m.def("launch", py::overload_cast<const UpsampleForward&, Storage>(&upsample_launch));
+  m.def("launch", py::overload_cast<const UpsampleBackward&, Storage>(&upsample_launch));
+  emulator::bind_launcher(m, "forward", upsample_forward);
+  emulator::bind_launcher(m, "backward", upsample_backward);
 }
