@@ -12,8 +12,8 @@ TARGET = Path(__file__).with_name("block.svg")
 
 GRID, CHANNELS, REDUCTION = 56, 64, 8
 MLP_RATIO = 4
-NATIVE = {"depthwise_conv3x3", "global_attention"}
-REFERENCE = {"co_attention", "upsample_concat", "pointwise_mlp"}
+NATIVE = {"depthwise_conv3x3", "global_attention", "upsample_concat"}
+REFERENCE = {"co_attention", "pointwise_mlp"}
 
 HALF = CHANNELS // 2
 COARSE = GRID // REDUCTION

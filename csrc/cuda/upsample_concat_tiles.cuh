@@ -77,8 +77,14 @@ DSNET_DEVICE void copy_tile(V* shared, const Matrix<T>& matrix, int64_t first_ro
     float values[8];
     load_eight(from, count, packed, values);
     const float factor = count > 0 ? factors.at<T>(row) : 1.0f;
+    constexpr int width = 16 / sizeof(V);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) store_shared(to + k, narrow(values[k] * factor, V{}));
+    for (int k = 0; k < 8; k += width) {
+      float part[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) part[j] = values[k + j] * factor;
+      store_shared(to + k, narrow<V>(part));
+    }
   }
 }
 
