@@ -29,12 +29,16 @@ def _cpu_can_run(local: Tensor, global_: Tensor) -> str | None:
     return native.cpu_can_run(local, "local") or _kernel_refusal(local, global_)
 
 
+def _cuda_can_run(local: Tensor, global_: Tensor) -> str | None:
+    return native.cuda_can_run(local, "local") or _kernel_refusal(local, global_)
+
+
 OPERATION = register(
     Operation(
         "upsample_concat",
         tensors=("local", "global_"),
-        present={"cpu": native.cpu_refusal},
-        can_run={"cpu": _cpu_can_run},
+        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal},
+        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run},
     )
 )
 

@@ -186,7 +186,7 @@ def launches(emulator, shape, storage, address=0):
     size = emulator.Shape(*shape)
     yield emulator.launch(emulator.Forward(size, pixels, *[absent] * 4, False, address), storage)
     yield emulator.launch(
-        emulator.Backward(size, pixels, pixels, *[absent] * 3, False, address, 0, 0), storage
+        emulator.Backward(size, pixels, pixels, *[absent] * 3, False, address, 0), storage
     )
 
 

@@ -242,7 +242,7 @@ def launch_of(emulator, batch, tokens, width, heads, address=0):
     inputs = emulator.Inputs(address, absent, absent, address, absent, EPS, 0.0, 0)
     shape = emulator.Shape(batch, tokens, width, heads)
     yield emulator.launch(emulator.Forward(shape, inputs, 0, 0, 0))
-    yield emulator.launch(emulator.Backward(shape, inputs, address, *[0] * 11))
+    yield emulator.launch(emulator.Backward(shape, inputs, address, *[0] * 10))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define DSNET_ANYWHERE __host__ __device__ inline
-#else
-#define DSNET_ANYWHERE inline
-#endif
+#include "common/anywhere.h"
 
 namespace dsnet {
 

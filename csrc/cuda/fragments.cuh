@@ -59,6 +59,42 @@ class LeftRows<float, depth> {
   const float* source_;
 };
 
+// The transpose of sixteen columns of a matrix (…, width) as the left operand.
+template <typename T, int width>
+class LeftColumns {
+ public:
+  DSNET_DEVICE explicit LeftColumns(const T* columns)
+      : source_(columns + (lane_id() / 16 * 8 + lane_id() % 8) * row_stride<T, width> +
+                lane_id() / 8 % 2 * 8) {}
+
+  DSNET_DEVICE void fragment(int k, uint32_t (&a)[4]) const {
+    load_matrices<true>(a, source_ + 16 * k * row_stride<T, width>);
+  }
+
+ private:
+  const T* source_;
+};
+
+template <int width>
+class LeftColumns<float, width> {
+ public:
+  DSNET_DEVICE explicit LeftColumns(const float* columns) : source_(columns + lane_id() / 4) {}
+
+  // Four values of column lane/4 + 8·half from row k on.
+  DSNET_DEVICE Pack<float, 4> values(int half, int k) const {
+    Pack<float, 4> result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      result.values[i] =
+          load_shared<float>(source_ + (k + i) * row_stride<float, width> + 8 * half);
+    }
+    return result;
+  }
+
+ private:
+  const float* source_;
+};
+
 // result += left · rightᵀ with `right` (8·tiles, depth); tiles from `used` on may be left out.
 template <typename T, int depth, int tiles>
 DSNET_DEVICE void multiply_transposed(
@@ -102,6 +138,51 @@ DSNET_DEVICE void multiply_transposed(
           part[1] = fmaf(a[0].values[i], b1.values[i], part[1]);
           part[2] = fmaf(a[1].values[i], b0.values[i], part[2]);
           part[3] = fmaf(a[1].values[i], b1.values[i], part[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[t][i] += part[i];
+      }
+    }
+  }
+}
+
+// result += left · right with `right` (depth, 8·tiles).
+template <typename T, int depth, typename Left, int tiles>
+DSNET_DEVICE void multiply(const Left& left, const T* right, float (&result)[tiles][4]) {
+  static_assert(tiles % 2 == 0, "one instruction loads two tiles");
+  constexpr int stride = row_stride<T, 8 * tiles>;
+  const int lane = lane_id();
+  if constexpr (sizeof(T) == 2) {
+    const T* from = right + (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < depth / 16; ++k) {
+      uint32_t a[4];
+      left.fragment(k, a);
+#pragma unroll
+      for (int t = 0; t < tiles; t += 2) {
+        uint32_t both[4];
+        load_matrices<true>(both, from + 16 * k * stride + 8 * t);
+        const uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
+        mma_16x8x16<T>(result[t], a, first);
+        mma_16x8x16<T>(result[t + 1], a, second);
+      }
+    }
+  } else {
+    const T* from = right + lane % 4 * 2;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 4) {
+      const Pack<float, 4> a[2] = {left.values(0, k), left.values(1, k)};
+#pragma unroll
+      for (int t = 0; t < tiles; ++t) {
+        // As above.
+        float part[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto b = load_shared<Pack<float, 2>>(from + (k + i) * stride + 8 * t);
+          part[0] = fmaf(a[0].values[i], b.values[0], part[0]);
+          part[1] = fmaf(a[0].values[i], b.values[1], part[1]);
+          part[2] = fmaf(a[1].values[i], b.values[0], part[2]);
+          part[3] = fmaf(a[1].values[i], b.values[1], part[3]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) result[t][i] += part[i];
@@ -230,6 +311,14 @@ DSNET_DEVICE void load_values(const T* p, bool packed, float (&out)[N]) {
   }
 }
 
+// The first `count` of eight neighbours, the others zero; packed, count is 8 or none.
+template <typename T>
+DSNET_DEVICE void load_eight(const T* p, int count, bool packed, float (&out)[8]) {
+  if (packed && count > 0) return load_values(p, true, out);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = i < count ? widen(load_global<T>(p + i)) : 0.0f;
+}
+
 template <typename T>
 DSNET_DEVICE void store_eight(T* p, const float (&values)[8]) {
   constexpr int width = 16 / sizeof(T);
@@ -239,6 +328,20 @@ DSNET_DEVICE void store_eight(T* p, const float (&values)[8]) {
 #pragma unroll
     for (int k = 0; k < width; ++k) part[k] = values[i + k];
     store_global(p + i, narrow<T>(part));
+  }
+}
+
+// The same of the first `count` neighbours, by value where not `packed`; packed, count is 8 or
+// none.
+template <typename T>
+DSNET_DEVICE void store_eight(T* p, int count, bool packed, const float (&values)[8]) {
+  if (packed) {
+    if (count > 0) store_eight(p, values);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) store_global(p + i, narrow(values[i], T{}));
   }
 }
 

@@ -6,6 +6,7 @@
 #include "cuda/fragments.cuh"
 #include "cuda/global_attention.h"
 #include "cuda/launch.cuh"
+#include "cuda/pipeline.cuh"
 
 namespace dsnet::cuda {
 
@@ -42,32 +43,6 @@ DSNET_DEVICE void copy_rows(
     const bool valid = row < valid_rows && column < columns;
     const T* from = valid ? rows + row * stride + column : rows;
     copy_sixteen(shared + row * row_stride<T, head_tile> + column, from, valid, packed);
-  }
-}
-
-// Calls body(i, stage) for `count` tiles, each after all of copy(i, stage) has landed; with two
-// stages one tile is copied while the block works on another.
-template <int stages, typename Copy, typename Body>
-DSNET_DEVICE void for_each_tile(int count, const Copy& copy, const Body& body) {
-  static_assert(stages == 1 || stages == 2, "one tile is under way at most");
-  copy(0, 0);
-  commit_copies();
-  for (int i = 0; i < count; ++i) {
-    const bool has_next = i + 1 < count;
-    if (stages == 2 && has_next) {
-      copy(i + 1, (i + 1) % stages);
-      commit_copies();
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    __syncthreads();
-    body(i, i % stages);
-    __syncthreads();
-    if (stages == 1 && has_next) {
-      copy(i + 1, 0);
-      commit_copies();
-    }
   }
 }
 

@@ -3,3 +3,5 @@
 #include "cuda/global_attention.cuh"
 #include "cuda/global_attention_backward.cuh"
 #include "cuda/sum_slots.cuh"
+#include "cuda/upsample_concat.cuh"
+#include "cuda/upsample_concat_backward.cuh"

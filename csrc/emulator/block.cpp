@@ -1,6 +1,7 @@
 #include "emulator/block.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
 #include <optional>
@@ -43,6 +44,9 @@ std::string lanes_text(uint32_t mask) {
   return out.str();
 }
 
+// Whether two names are alike; mostly they are one literal.
+bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 }  // namespace
 
 Block& current_block() {
@@ -66,7 +70,8 @@ Block::Block(std::string kernel, Index grid, Index threads, uint64_t seed)
       size_(threads),
       count_(static_cast<unsigned>(threads.count())),
       random_(seed),
-      ready_(warps()) {
+      ready_(warps()),
+      meeting_(warps()) {
   for (unsigned i = 0; i < count_; ++i) {
     threads_.push_back(std::make_unique<Thread>());
     threads_.back()->index = unravel(i, threads);
@@ -95,6 +100,7 @@ bool Block::ordered(const Stamp& earlier) const {
 void Block::make_ready(unsigned thread) {
   threads_[thread]->state = State::ready;
   ready_[thread / warp_size] |= 1u << thread % warp_size;
+  meeting_[thread / warp_size] &= ~(1u << thread % warp_size);
   ++ready_count_;
 }
 
@@ -167,7 +173,7 @@ void Block::barrier(const char* file, unsigned line) {
   for (unsigned i = 0; at_barrier_ > 0 && i < count_; ++i) {
     const Thread& other = *threads_[i];
     if (other.state != State::at_barrier) continue;
-    if (other.line == line && std::strcmp(other.file, file) == 0) break;
+    if (other.line == line && is_same(other.file, file)) break;
     fail("divergent barrier: at __syncthreads of line " + std::to_string(line) + " while " +
          thread_text(i) + " " + waiting_text(i));
   }
@@ -189,34 +195,31 @@ void Block::rendezvous(const char* operation, uint32_t mask, void* operand, Comp
     fail(std::string(operation) + ": mask " + lanes_text(mask) + " lacks the calling lane " +
          std::to_string(lane()));
   }
+  const unsigned lanes = std::min(count_ - first, warp_size);
+  if (lanes < warp_size && mask >> lanes != 0) {
+    fail(std::string(operation) + ": mask " + lanes_text(mask) + " names lane " +
+         std::to_string(lanes + std::countr_zero(mask >> lanes)) +
+         ", which the block does not have");
+  }
   void* operands[warp_size] = {};
-  bool all = true;
-  for (unsigned l = 0; l < warp_size; ++l) {
-    if (!(mask >> l & 1)) continue;
-    if (first + l >= count_) {
-      fail(std::string(operation) + ": mask " + lanes_text(mask) + " names lane " +
-           std::to_string(l) + ", which the block does not have");
-    }
-    if (first + l == running_) continue;
+  uint32_t here = 1u << lane();
+  uint32_t& meeting = meeting_[running_ / warp_size];
+  for (uint32_t others = mask & meeting; others != 0; others &= others - 1) {
+    const auto l = static_cast<unsigned>(std::countr_zero(others));
     const Thread& other = *threads_[first + l];
-    if (other.state != State::at_rendezvous) {
-      all = false;
-      continue;
-    }
-    if (other.mask == mask && std::strcmp(other.operation, operation) == 0) {
+    if (other.mask == mask && is_same(other.operation, operation)) {
       operands[l] = other.operand;
-      continue;
-    }
-    all = false;
-    if (other.mask >> lane() & 1) {
+      here |= 1u << l;
+    } else if (other.mask >> lane() & 1) {
       fail(std::string("mismatched warp primitives: ") + operation + " with mask " +
            lanes_text(mask) + " while " + thread_text(first + l) + " " + waiting_text(first + l));
     }
   }
-  if (!all) {
+  if (here != mask) {
     mine.operation = operation;
     mine.mask = mask;
     mine.operand = operand;
+    meeting |= 1u << lane();
     suspend(State::at_rendezvous);
     return;
   }
@@ -296,7 +299,7 @@ void Block::fail_deadlock() {
       if (!(waiting.mask >> l & 1)) continue;
       const Thread& other = *threads_[first + l];
       const bool same = other.state == State::at_rendezvous && other.mask == waiting.mask &&
-                        std::strcmp(other.operation, waiting.operation) == 0;
+                        is_same(other.operation, waiting.operation);
       if (same) continue;
       fail(std::string(waiting.operation) + " with mask " + lanes_text(waiting.mask) +
            " is never reached by " + thread_text(first + l) + ", which " + waiting_text(first + l));

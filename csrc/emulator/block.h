@@ -104,7 +104,8 @@ class Block {
   std::mt19937_64 random_;
   uint64_t id_ = 0;
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<uint32_t> ready_;  // lanes by warp
+  std::vector<uint32_t> ready_;    // lanes by warp
+  std::vector<uint32_t> meeting_;  // lanes at a rendezvous, likewise
   unsigned ready_count_ = 0;
   unsigned running_ = 0;
   unsigned warp_ = 0;          // of the last choice

@@ -52,6 +52,7 @@ struct Stamp {
   uint16_t thread;
   uint32_t block_barriers;
   uint32_t warp_barriers;
+  bool operator==(const Stamp&) const = default;
 };
 
 // Shared memory of one kernel: a static array, or the dynamic memory of a launch.

@@ -1,6 +1,7 @@
 """One call of an emulated launcher: tensors into the emulator's memory, and results out of it."""
 
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,29 @@ class Call:
         emulator: a module of :func:`emulator_build.load` that binds ``Storage`` and, for the
             methods of these names, ``Pixels`` and ``Parameter``.
         dtype: of the activations.
+        seed: of the order of threads.
+        fields: of the launch configuration that are to be replaced, with their values.
     """
 
-    def __init__(self, emulator: ModuleType, dtype: torch.dtype) -> None:
-        self.emulator = emulator
+    def __init__(
+        self,
+        emulator: ModuleType,
+        dtype: torch.dtype,
+        seed: int = 0,
+        fields: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.emulator, self.dtype, self.seed, self.fields = emulator, dtype, seed, fields
         self.storage = getattr(emulator.Storage, str(dtype).removeprefix("torch."))
         self._buffers: dict[str, Any] = {}
+
+    def launch(self, *args: Any) -> Any:
+        """The launch configuration that the emulator's ``launch`` chooses, with ``fields``."""
+        return change(self.emulator.launch(*args), **self.fields)
+
+    def run(self, launcher: Callable[..., None], args: Any, launch: Any) -> None:
+        """Runs the kernels of one launcher."""
+        self.emulator.set_seed(self.seed)
+        launcher(args, self.storage, launch)
 
     def place(self, name: str, tensor: Tensor) -> int:
         """Address of a tensor; of its whole storage only the tensor's elements are readable."""
@@ -51,6 +69,14 @@ class Call:
         tensor = with_adjacent_channels(tensor.detach())
         address = self.place(name, tensor)
         return self.emulator.Pixels(address, *(tensor.stride(d) for d in (0, 2, 3)))
+
+    def channels_last(self, name: str, tensor: Tensor) -> int:
+        """Address of (B, H, W, C) contiguous, copied first where the bindings copy."""
+        return self.place(name, tensor.detach().permute(0, 2, 3, 1).contiguous())
+
+    def matrix(self, name: str, tensor: Tensor) -> int:
+        """Address of a contiguous matrix in the dtype of the activations."""
+        return self.place(name, tensor.detach().to(self.dtype).contiguous())
 
     def parameter(self, name: str, tensor: Tensor | None) -> Any:
         """Contiguous values, or the mark of their absence."""

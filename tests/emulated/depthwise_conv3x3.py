@@ -4,7 +4,7 @@ import emulator_build
 import torch
 from torch import Tensor
 
-from .call import Call, change
+from .call import Call
 
 GRADIENT_ROWS = 12
 
@@ -22,7 +22,7 @@ def forward(
 ) -> Tensor:
     """(B, C, H, W); ``seed`` orders the threads, ``fields`` replace those of the launch."""
     emulator = emulator_build.load("depthwise_conv3x3")
-    call = Call(emulator, x.dtype)
+    call = Call(emulator, x.dtype, seed, fields)
     args = emulator.Forward(
         emulator.Shape(*x.shape),
         call.pixels("x", x),
@@ -33,9 +33,7 @@ def forward(
         residual,
         call.output("out", x.numel(), x.dtype),
     )
-    emulator.set_seed(seed)
-    launch = change(emulator.launch(args, call.storage), **fields)
-    emulator.forward(args, call.storage, launch)
+    call.run(emulator.forward, args, call.launch(args, call.storage))
     return call.result_channels_last("out", x)
 
 
@@ -52,9 +50,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_x and the rows of parameter gradients; keywords as in :func:`forward`."""
     emulator = emulator_build.load("depthwise_conv3x3")
-    call = Call(emulator, x.dtype)
+    call = Call(emulator, x.dtype, seed, fields)
     values = GRADIENT_ROWS * x.shape[1]
-    inputs = (
+    args = emulator.Backward(
         emulator.Shape(*x.shape),
         call.pixels("grad", grad),
         call.pixels("x", x),
@@ -62,14 +60,12 @@ def backward(
         call.parameter("scale", scale),
         call.parameter("shift", shift),
         residual,
+        call.output("grad_x", x.numel(), x.dtype),
+        call.output("rows", values, torch.float32),
     )
-    grad_x = call.output("grad_x", x.numel(), x.dtype)
-    rows = call.output("rows", values, torch.float32)
-    without_partials = emulator.Backward(*inputs, grad_x, 0, rows)
-    launch = change(emulator.launch(without_partials, call.storage), **fields)
-    partials = call.output("partials", launch.slots() * values, torch.float32)
-    emulator.set_seed(seed)
-    emulator.backward(emulator.Backward(*inputs, grad_x, partials, rows), call.storage, launch)
+    launch = call.launch(args, call.storage)
+    args.partials = call.output("partials", launch.slots() * values, torch.float32)
+    call.run(emulator.backward, args, launch)
     return (
         call.result_channels_last("grad_x", x),
         call.result("rows", torch.float32, (GRADIENT_ROWS, x.shape[1])),

@@ -6,7 +6,7 @@ import emulator_build
 import torch
 from torch import Tensor
 
-from .call import Call, change
+from .call import Call
 
 
 def _inputs(
@@ -25,7 +25,7 @@ def _inputs(
         call.place("x", x.detach().contiguous()),
         call.parameter("norm_weight", norm_weight),
         call.parameter("norm_bias", norm_bias),
-        call.place("qkv_weight", qkv_weight.detach().to(x.dtype).contiguous()),
+        call.matrix("qkv_weight", qkv_weight),
         call.parameter("qkv_bias", qkv_bias),
         eps,
         dropout_p,
@@ -53,7 +53,7 @@ def forward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.empty(sums)
     emulator = emulator_build.load("global_attention")
-    call = Call(emulator, x.dtype)
+    call = Call(emulator, x.dtype, seed, fields)
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, dropout_seed)
     args = emulator.Forward(
         emulator.Shape(batch, tokens, width, num_heads),
@@ -62,8 +62,7 @@ def forward(
         call.output("lse", batch * num_heads * tokens, torch.float32),
         call.output("qkv", 3 * x.numel(), x.dtype),
     )
-    emulator.set_seed(seed)
-    emulator.forward(args, call.storage, change(emulator.launch(args), **fields))
+    call.run(emulator.forward, args, call.launch(args))
     return call.result("out", x.dtype, tuple(x.shape)), call.result("lse", torch.float32, sums)
 
 
@@ -97,9 +96,10 @@ def backward(
         zeros = [torch.zeros(size) for size in (width, width, (3 * width, width), 3 * width)]
         return torch.empty_like(x), *zeros
     emulator = emulator_build.load("global_attention")
-    call, rows, single = Call(emulator, x.dtype), batch * tokens, torch.float32
+    call = Call(emulator, x.dtype, seed, fields)
+    rows, single = batch * tokens, torch.float32
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, dropout_seed)
-    inputs = (
+    args = emulator.Backward(
         emulator.Shape(batch, tokens, width, num_heads),
         _inputs(call, x, *parameters),
         call.place("grad", grad.detach().contiguous()),
@@ -110,13 +110,11 @@ def backward(
         call.output("row_sums", 2 * lse.numel(), single),
         call.output("grad_qkv", 3 * x.numel(), x.dtype),
         call.output("grad_x", x.numel(), x.dtype),
+        *(call.output(name, torch.Size(shape).numel(), single) for name, shape in shapes.items()),
     )
-    sums = [call.output(name, torch.Size(shape).numel(), single) for name, shape in shapes.items()]
-    launch = change(emulator.launch(emulator.Backward(*inputs, 0, *sums)), **fields)
-    partials = call.output("partials", launch.slots * 3 * width, single)
-    args = emulator.Backward(*inputs, partials, *sums)
-    emulator.set_seed(seed)
-    emulator.backward_scores(args, call.storage, launch)
+    launch = call.launch(args)
+    args.partials = call.output("partials", launch.slots * 3 * width, single)
+    call.run(emulator.backward_scores, args, launch)
 
     grad_qkv = call.result("grad_qkv", x.dtype, (rows, 3 * width)).float()
     normalized = call.result("normalized", x.dtype, (rows, width)).float()
@@ -125,7 +123,7 @@ def backward(
     grad_qkv_weight = torch.mm(grad_qkv.t(), normalized, out=torch.empty_like(weight))
     grad_normalized = torch.mm(grad_qkv, weight, out=torch.empty_like(normalized))
     args.grad_normalized = call.place("grad_normalized", grad_normalized.to(x.dtype))
-    emulator.backward_norm(args, call.storage, launch)
+    call.run(emulator.backward_norm, args, launch)
     norm_weight, norm_bias, bias = (call.result(name, single, shapes[name]) for name in shapes)
     return (
         call.result("grad_x", x.dtype, tuple(x.shape)),

@@ -1,36 +1,20 @@
 // Python module: the depthwise convolution's CUDA launchers in the emulator.
 #include "cuda/depthwise_conv3x3.cuh"
 
-#include "emulator/bind.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 using namespace dsnet;
 using namespace dsnet::cuda;
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using emulator::at;
 
 PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
-  emulator::bind(m);
-
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::float32)
-      .value("bfloat16", Storage::bfloat16)
-      .value("float16", Storage::float16);
+  emulator::bind_arguments(m);
 
   py::class_<Pixels>(m, "Pixels", py::module_local())
       .def(py::init([](uintptr_t data, int64_t batch, int64_t row, int64_t column) {
         return Pixels{at<void>(data), batch, row, column};
       }));
-  py::class_<Parameter>(m, "Parameter", py::module_local())
-      .def(py::init(
-          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
   py::class_<DepthwiseShape>(m, "Shape", py::module_local())
       .def(py::init<int64_t, int64_t, int64_t, int64_t>());
 
@@ -39,13 +23,14 @@ PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
                         Parameter scale, Parameter shift, bool residual, uintptr_t out) {
         return DepthwiseForward{shape, x, weight, bias, scale, shift, residual, at<void>(out)};
       }));
-  py::class_<DepthwiseBackward>(m, "Backward", py::module_local())
-      .def(py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight,
-                        Parameter scale, Parameter shift, bool residual, uintptr_t grad_x,
-                        uintptr_t partials, uintptr_t rows) {
+  py::class_<DepthwiseBackward> backward(m, "Backward", py::module_local());
+  backward.def(
+      py::init([](DepthwiseShape shape, Pixels grad, Pixels x, Parameter weight, Parameter scale,
+                   Parameter shift, bool residual, uintptr_t grad_x, uintptr_t rows) {
         return DepthwiseBackward{shape, grad, x, weight, scale, shift, residual, at<void>(grad_x),
-            at<float>(partials), at<float>(rows)};
+            nullptr, at<float>(rows)};
       }));
+  emulator::bind_address<&DepthwiseBackward::partials>(backward, "partials");
 
   py::class_<DepthwiseLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("threads", &DepthwiseLaunch::threads)
@@ -61,16 +46,8 @@ PYBIND11_MODULE(emulator_depthwise_conv3x3, m) {
       .def("blocks", &DepthwiseLaunch::blocks)
       .def("__str__", [](const DepthwiseLaunch& l) { return text(l); });
 
-  m.def("launch", [](const DepthwiseForward& args, Storage storage) {
-    return depthwise_launch(args, storage);
-  });
-  m.def("launch", [](const DepthwiseBackward& args, Storage storage) {
-    return depthwise_launch(args, storage);
-  });
-  m.def("forward", [](const DepthwiseForward& args, Storage storage, const DepthwiseLaunch& l) {
-    depthwise_forward(args, storage, l, nullptr);
-  });
-  m.def("backward", [](const DepthwiseBackward& args, Storage storage, const DepthwiseLaunch& l) {
-    depthwise_backward(args, storage, l, nullptr);
-  });
+  m.def("launch", py::overload_cast<const DepthwiseForward&, Storage>(&depthwise_launch));
+  m.def("launch", py::overload_cast<const DepthwiseBackward&, Storage>(&depthwise_launch));
+  emulator::bind_launcher(m, "forward", depthwise_forward);
+  emulator::bind_launcher(m, "backward", depthwise_backward);
 }

@@ -1,32 +1,16 @@
 // Python module: the global attention's CUDA launchers in the emulator.
 #include "cuda/global_attention_backward.cuh"
 
-#include "emulator/bind.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 using namespace dsnet;
 using namespace dsnet::cuda;
-
-namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
+using emulator::at;
 
 PYBIND11_MODULE(emulator_global_attention, m) {
-  emulator::bind(m);
+  emulator::bind_arguments(m);
 
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::float32)
-      .value("bfloat16", Storage::bfloat16)
-      .value("float16", Storage::float16);
-
-  py::class_<Parameter>(m, "Parameter", py::module_local())
-      .def(py::init(
-          [](uintptr_t data, bool is_float32) { return Parameter{at<void>(data), is_float32}; }));
   py::class_<AttentionShape>(m, "Shape", py::module_local())
       .def(py::init([](int64_t batch, int64_t tokens, int64_t width, int64_t heads) {
         return AttentionShape{batch, tokens, heads, width / heads};
@@ -43,20 +27,19 @@ PYBIND11_MODULE(emulator_global_attention, m) {
                         uintptr_t qkv) {
         return AttentionForward{shape, inputs, at<void>(out), at<float>(lse), at<void>(qkv)};
       }));
-  py::class_<AttentionBackward>(m, "Backward", py::module_local())
-      .def(py::init(
-          [](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
-              uintptr_t qkv, uintptr_t normalized, uintptr_t statistics, uintptr_t row_sums,
-              uintptr_t grad_qkv, uintptr_t grad_x, uintptr_t partials, uintptr_t grad_norm_weight,
-              uintptr_t grad_norm_bias, uintptr_t grad_qkv_bias) {
-            return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
-                at<void>(normalized), at<float>(statistics), at<float>(row_sums),
-                at<void>(grad_qkv), nullptr, at<void>(grad_x), at<float>(partials),
-                at<float>(grad_norm_weight), at<float>(grad_norm_bias), at<float>(grad_qkv_bias)};
-          }))
-      .def_property("grad_normalized", nullptr, [](AttentionBackward& args, uintptr_t address) {
-        args.grad_normalized = at<void>(address);
-      });
+  py::class_<AttentionBackward> backward(m, "Backward", py::module_local());
+  backward.def(
+      py::init([](AttentionShape shape, AttentionInputs inputs, uintptr_t grad, uintptr_t lse,
+                   uintptr_t qkv, uintptr_t normalized, uintptr_t statistics, uintptr_t row_sums,
+                   uintptr_t grad_qkv, uintptr_t grad_x, uintptr_t grad_norm_weight,
+                   uintptr_t grad_norm_bias, uintptr_t grad_qkv_bias) {
+        return AttentionBackward{shape, inputs, at<void>(grad), at<float>(lse), at<void>(qkv),
+            at<void>(normalized), at<float>(statistics), at<float>(row_sums), at<void>(grad_qkv),
+            nullptr, at<void>(grad_x), nullptr, at<float>(grad_norm_weight),
+            at<float>(grad_norm_bias), at<float>(grad_qkv_bias)};
+      }));
+  emulator::bind_address<&AttentionBackward::partials>(backward, "partials");
+  emulator::bind_address<&AttentionBackward::grad_normalized>(backward, "grad_normalized");
 
   py::class_<AttentionLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("block_rows", &AttentionLaunch::block_rows)
@@ -74,17 +57,9 @@ PYBIND11_MODULE(emulator_global_attention, m) {
       .def("projection_blocks", &AttentionLaunch::projection_blocks)
       .def("__str__", [](const AttentionLaunch& l) { return text(l); });
 
-  m.def("launch", [](const AttentionForward& args) { return attention_launch(args); });
-  m.def("forward", [](const AttentionForward& args, Storage storage, const AttentionLaunch& l) {
-    attention_forward(args, storage, l, nullptr);
-  });
-  m.def("launch", [](const AttentionBackward& args) { return attention_launch(args); });
-  m.def("backward_scores",
-      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
-        attention_backward_scores(args, storage, l, nullptr);
-      });
-  m.def("backward_norm",
-      [](const AttentionBackward& args, Storage storage, const AttentionLaunch& l) {
-        attention_backward_norm(args, storage, l, nullptr);
-      });
+  m.def("launch", py::overload_cast<const AttentionForward&>(&attention_launch));
+  m.def("launch", py::overload_cast<const AttentionBackward&>(&attention_launch));
+  emulator::bind_launcher(m, "forward", attention_forward);
+  emulator::bind_launcher(m, "backward_scores", attention_backward_scores);
+  emulator::bind_launcher(m, "backward_norm", attention_backward_norm);
 }

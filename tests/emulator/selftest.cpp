@@ -3,23 +3,19 @@
 #include <string>
 #include <utility>
 
+#include "arguments.h"
 #include "cuda/launch.cuh"
-#include "emulator/bind.h"
 #include "faults.cuh"
 #include "primitives.cuh"
 
 namespace py = pybind11;
 using namespace dsnet;
 using namespace dsnet::cuda;
+using emulator::at;
 
 namespace {
 
 using Address = uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 using Reverse = void (*)(const float*, float*);
 

@@ -26,14 +26,12 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const 
     const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift, bool residual) {
   const auto shape = check_depthwise<cuda::DepthwiseShape>(x, weight, std::nullopt, scale, shift);
   check_gradient(grad, x);
-  check(grad.is_cuda() && grad.get_device_index() == x.get_device_index(),
-      "grad: expected x's device");
+  check_device("grad", grad, x);
   const cuda::Storage storage = storage_of(x);
   const Launch on(x);
   constexpr int64_t gradient_rows = cuda::DepthwiseBackward::gradient_rows;
   Tensor grad_x = empty_channels_last(x);
-  Tensor rows = torch::stable::empty(
-      {gradient_rows, shape.channels}, ScalarType::Float, std::nullopt, x.device());
+  Tensor rows = empty_beside(x, {gradient_rows, shape.channels}, ScalarType::Float);
   if (shape.batch == 0) {
     torch::stable::zero_(rows);
     return {grad_x, rows};
@@ -44,11 +42,11 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(const Tensor& grad, const 
   const Values w("weight", weight, x), s("scale", scale, x), t("shift", shift, x);
   cuda::DepthwiseBackward args{shape, pixels_of<cuda::Pixels>(grad_source),
       pixels_of<cuda::Pixels>(source), w.view(), s.view(), t.view(), residual,
-      grad_x.mutable_data_ptr(), nullptr, static_cast<float*>(rows.mutable_data_ptr())};
+      grad_x.mutable_data_ptr(), nullptr, float_data(rows)};
   const cuda::DepthwiseLaunch launch = cuda::depthwise_launch(args, storage);
-  const Tensor partials = torch::stable::empty(
-      {launch.slots(), gradient_rows, shape.channels}, ScalarType::Float, std::nullopt, x.device());
-  args.partials = static_cast<float*>(partials.mutable_data_ptr());
+  const Tensor partials =
+      empty_beside(x, {launch.slots(), gradient_rows, shape.channels}, ScalarType::Float);
+  args.partials = float_data(partials);
   cuda::depthwise_backward(args, storage, launch, on.stream());
   return {grad_x, rows};
 }

@@ -11,18 +11,9 @@ namespace {
 
 using torch::headeronly::toString;
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& x) {
-  check(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
-      ": expected x's device");
-}
-
 void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   check(tensor.scalar_type() == dtype, name, ": expected ", toString(dtype), ", got ",
       toString(tensor.scalar_type()));
-}
-
-Tensor empty_like_device(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, x.device());
 }
 
 // Everything that both directions read, alive as long as this is.
@@ -34,7 +25,7 @@ class Inputs {
       : x_(as_contiguous(x)),
         norm_weight_("norm_weight", norm_weight, x),
         norm_bias_("norm_bias", norm_bias, x),
-        qkv_weight_(with_dtype_of(x, qkv_weight)),
+        qkv_weight_(with_dtype_of(x, "qkv_weight", qkv_weight)),
         qkv_bias_("qkv_bias", qkv_bias, x),
         eps_(static_cast<float>(eps)) {
     if (dropout_p == 0) return;
@@ -51,13 +42,6 @@ class Inputs {
   }
 
  private:
-  static Tensor with_dtype_of(const Tensor& x, const Tensor& qkv_weight) {
-    const Values checked("qkv_weight", qkv_weight, x);
-    const Tensor weight = as_contiguous(qkv_weight);
-    if (weight.scalar_type() == x.scalar_type()) return weight;
-    return torch::stable::to(weight, x.scalar_type());
-  }
-
   Tensor x_;
   Values norm_weight_, norm_bias_;
   Tensor qkv_weight_;
@@ -97,17 +81,17 @@ std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
   const cuda::Storage storage = storage_of(x);
   const int64_t batch = shape.batch, tokens = shape.tokens, width = shape.width;
   const Launch on(x);
-  Tensor out = empty_like_device(x, {batch, tokens, width}, x.scalar_type());
-  Tensor lse = empty_like_device(x, {batch, num_heads, tokens}, ScalarType::Float);
+  Tensor out = empty_beside(x, {batch, tokens, width}, x.scalar_type());
+  Tensor lse = empty_beside(x, {batch, num_heads, tokens}, ScalarType::Float);
   if (batch * tokens == 0) return {out, lse};
 
   const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
-  cuda::AttentionForward args{shape, inputs.view(), out.mutable_data_ptr(),
-      static_cast<float*>(lse.mutable_data_ptr()), nullptr};
+  cuda::AttentionForward args{
+      shape, inputs.view(), out.mutable_data_ptr(), float_data(lse), nullptr};
   const cuda::AttentionLaunch launch = cuda::attention_launch(args);
   OptionalTensor qkv;
   if (!launch.fused) {
-    qkv = empty_like_device(x, {batch, tokens, 3 * width}, x.scalar_type());
+    qkv = empty_beside(x, {batch, tokens, 3 * width}, x.scalar_type());
     args.qkv = qkv->mutable_data_ptr();
   }
   cuda::attention_forward(args, storage, launch, on.stream());
@@ -131,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   const Launch on(x);
   const int64_t rows = batch * tokens;
   const auto floats = [&](const std::vector<int64_t>& sizes) {
-    return empty_like_device(x, sizes, ScalarType::Float);
+    return empty_beside(x, sizes, ScalarType::Float);
   };
   const auto values = [&](const std::vector<int64_t>& sizes) {
-    return empty_like_device(x, sizes, x.scalar_type());
+    return empty_beside(x, sizes, x.scalar_type());
   };
   Tensor grad_x = values({batch, tokens, width});
   Tensor grad_norm_weight = floats({width}), grad_norm_bias = floats({width});
@@ -153,9 +137,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   const Tensor qkv = values({rows, 3 * width}), grad_qkv = values({rows, 3 * width});
   const Tensor normalized = values({rows, width});
   const Tensor statistics = floats({rows, 2}), row_sums = floats({2, batch, num_heads, tokens});
-  const auto float_data = [](const Tensor& tensor) {
-    return static_cast<float*>(tensor.mutable_data_ptr());
-  };
   cuda::AttentionBackward args{};
   args.shape = shape;
   args.inputs = inputs.view();

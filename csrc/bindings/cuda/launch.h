@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "cuda/storage.h"
@@ -14,15 +15,29 @@ struct CUstream_st;
 
 namespace dsnet {
 
-inline cuda::Storage storage_of(const Tensor& x) {
+inline cuda::Storage storage_of(const Tensor& x, const char* name = "x") {
   switch (x.scalar_type()) {
     case ScalarType::Float: return cuda::Storage::float32;
     case ScalarType::BFloat16: return cuda::Storage::bfloat16;
     case ScalarType::Half: return cuda::Storage::float16;
     default:
-      throw std::runtime_error(std::string("x: expected float32, bfloat16 or float16, got ") +
+      throw std::runtime_error(std::string(name) + ": expected float32, bfloat16 or float16, got " +
                                torch::headeronly::toString(x.scalar_type()));
   }
+}
+
+inline void check_device(
+    const char* name, const Tensor& tensor, const Tensor& x, const char* x_name = "x") {
+  check(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name, ": expected ",
+      x_name, "'s device");
+}
+
+inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, x.device());
+}
+
+inline float* float_data(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
 // The device of a call made current, and torch's stream on it: kernels are launched with both.
@@ -44,13 +59,13 @@ class Launch {
 // A parameter's contiguous values, alive as long as this is.
 class Values {
  public:
-  Values(const char* name, const OptionalTensor& parameter, const Tensor& x) {
+  Values(const char* name, const OptionalTensor& parameter, const Tensor& x,
+      const char* x_name = "x") {
     if (!parameter.has_value()) return;
-    check(parameter->get_device_index() == x.get_device_index() && parameter->is_cuda(), name,
-        ": expected x's device");
+    check_device(name, *parameter, x, x_name);
     const ScalarType dtype = parameter->scalar_type();
-    check(dtype == x.scalar_type() || dtype == ScalarType::Float, name,
-        ": expected x's dtype or float32, got ", torch::headeronly::toString(dtype));
+    check(dtype == x.scalar_type() || dtype == ScalarType::Float, name, ": expected ", x_name,
+        "'s dtype or float32, got ", torch::headeronly::toString(dtype));
     held_ = as_contiguous(*parameter);
     view_ = {held_->const_data_ptr(), dtype == ScalarType::Float};
   }
@@ -60,5 +75,14 @@ class Values {
   OptionalTensor held_;
   cuda::Parameter view_;
 };
+
+// A matrix in the dtype of the activations, contiguous; checked as a parameter.
+inline Tensor with_dtype_of(
+    const Tensor& x, const char* name, const Tensor& matrix, const char* x_name = "x") {
+  const Values checked(name, matrix, x, x_name);
+  const Tensor contiguous = as_contiguous(matrix);
+  if (contiguous.scalar_type() == x.scalar_type()) return contiguous;
+  return torch::stable::to(contiguous, x.scalar_type());
+}
 
 }  // namespace dsnet
