@@ -1,0 +1,84 @@
+"""The raw operators of ``co_attention`` in the emulator."""
+
+from typing import Any
+
+import emulator_build
+import torch
+from torch import Tensor
+
+from .call import Call, change
+
+PARAMETERS = (
+    "global_norm_weight",
+    "global_norm_bias",
+    "local_qkv_weight",
+    "local_qkv_bias",
+    "global_qkv_weight",
+    "global_qkv_bias",
+    "local_proj_weight",
+    "local_proj_bias",
+    "global_proj_weight",
+    "global_proj_bias",
+    "local_scale",
+    "local_shift",
+)
+
+
+def _form(absorbed: bool | None) -> int:
+    return -1 if absorbed is None else int(absorbed)
+
+
+def _inputs(call: Call, local: Tensor, global_: Tensor, *others: Any) -> Any:
+    """What forward and backward read, as the bindings prepare it."""
+    *parameters, eps, dropout_p, dropout_seed = others
+    return call.emulator.Inputs(
+        call.place("local", local.detach().contiguous()),
+        call.place("global", global_.detach().contiguous()),
+        [call.parameter(name, p) for name, p in zip(PARAMETERS, parameters, strict=True)],
+        eps,
+        dropout_p,
+        call.place("seed", dropout_seed) if dropout_p > 0 else 0,
+    )
+
+
+def forward(
+    local: Tensor,
+    global_: Tensor,
+    num_heads: int,
+    *others: Any,
+    seed: int = 0,
+    **fields: int,
+) -> tuple[Tensor, ...]:
+    """The streams and what is saved; ``others`` are the parameters, eps, dropout_p, seed, absorbed.
+
+    ``seed`` orders the threads, ``fields`` replace those of the launch.
+    """
+    *others, absorbed = others
+    (batch, tokens, width), global_tokens = local.shape, global_.shape[1]
+    dim = others[6].shape[1]
+    shapes = {
+        "out_local": tuple(local.shape),
+        "out_global": tuple(global_.shape),
+        "local_softmax": (batch, num_heads, tokens, 2),
+        "global_softmax": (batch, num_heads, global_tokens, 2),
+        "attended": (batch, global_tokens, dim),
+    }
+    dtypes = dict.fromkeys(shapes, torch.float32) | {
+        "out_local": local.dtype,
+        "out_global": local.dtype,
+    }
+    if batch == 0:
+        return tuple(torch.empty(shapes[name], dtype=dtypes[name]) for name in shapes)
+    emulator = emulator_build.load("co_attention")
+    call = Call(emulator, local.dtype)
+    results = [call.output(n, torch.Size(shapes[n]).numel(), dtypes[n]) for n in shapes]
+    shape = emulator.Shape(
+        batch, tokens, global_tokens, width, global_.shape[2], num_heads, dim // num_heads
+    )
+    args = emulator.Forward(shape, _inputs(call, local, global_, *others), *results)
+    launch = change(emulator.launch(args, _form(absorbed)), **fields)
+    size = emulator.workspace(args, call.storage, launch)
+    args.workspace = call.output("workspace", size, torch.uint8)
+    emulator.set_seed(seed)
+    emulator.forward(args, call.storage, launch)
+    return tuple(call.result(name, dtypes[name], shapes[name]) for name in shapes)
