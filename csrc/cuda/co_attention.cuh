@@ -218,13 +218,14 @@ void prepare(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
 template <typename T>
 void launch_local(
     const Direction& d, const LocalResult& r, const CoAttentionLaunch& l, cudaStream_t stream) {
-  const int64_t blocks = d.batch * (r.sums_heads ? 1 : d.heads) * l.local_tiles;
+  const int64_t blocks = d.batch * (l.absorbed ? 1 : d.heads) * l.local_tiles;
   with_head_tile(l.column_tile, [&](auto column_tile) {
     constexpr int tile = decltype(column_tile)::value;
-    launch("co_attention_local", co_attention_local<T, tile>,
-        {dim3{static_cast<unsigned>(blocks)}, dim3{128},
-            co_attention_bytes<T, tile>(1, pair_stages<T>, tile_rows<T, tile>)},
-        stream, d, r, l);
+    const Grid grid{dim3{static_cast<unsigned>(blocks)}, dim3{128},
+        co_attention_bytes<T, tile>(1, pair_stages<T>, tile_rows<T, tile>)};
+    const auto kernel =
+        l.absorbed ? co_attention_local<T, tile, true> : co_attention_local<T, tile, false>;
+    launch("co_attention_local", kernel, grid, stream, d, r, l);
   });
 }
 
@@ -305,10 +306,9 @@ void co_attention_forward_of(
 
   LocalResult local{};
   local.softmax = args.local_softmax;
-  local.sums_heads = l.absorbed;
   local.out = l.absorbed ? args.out_local : parts.to_local;
   local.out_columns = static_cast<int>(l.absorbed ? shape.local_width : shape.width);
-  local.packed = !l.absorbed || l.packed;
+  local.packed = l.packed;
   if (l.absorbed) {
     local.residual = inputs.local;
     local.bias = inputs.local_proj_bias;

@@ -14,15 +14,14 @@ namespace dsnet::cuda {
 
 // Where the local queries' results go.
 struct LocalResult {
-  float* softmax;        // (B, h, N, 2) or null
-  void* out;             // (B·N, out_columns) or null
-  const void* residual;  // the same, or null
-  Parameter bias;        // (out_columns) or null
+  float* softmax;  // (B, h, N, 2) or null
+  void* out;       // (B, N, out_columns): of each head, or absorbed the stream, then it may be null
   int out_columns;
-  bool sums_heads;  // of which a block takes all
-  bool packed;      // 16 bytes per access to out and residual
-  Rows grads;       // of the results; with facts
-  float* facts;     // (B, h, N, 4) or null: QueryFacts
+  const void* residual;  // (B, N, out_columns), absorbed
+  Parameter bias;        // (out_columns), absorbed
+  bool packed;           // 16 bytes per access to the absorbed form's out and residual
+  Rows grads;            // of the results, where there are facts
+  float* facts;          // (B, h, N, 4) or null: QueryFacts
 };
 
 // The weights of a tile's keys in place of its logits, dropped ones zero; adds to `softmax`.
@@ -48,13 +47,13 @@ DSNET_DEVICE void add_tile(OnlineSoftmax<T, column_tile, tile>& softmax,
   softmax.accumulate(weights, values, used);
 }
 
-// 64 local queries of one head, or of all.
-template <typename T, int column_tile>
-__global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
+// 64 local queries of one head, or absorbed of all, whose results are summed.
+template <typename T, int column_tile, bool is_absorbed>
+__global__ void __launch_bounds__(128, 2)
     co_attention_local(const Direction d, const LocalResult r, const CoAttentionLaunch l) {
   constexpr int tile = tile_rows<T, column_tile>, stride = row_stride<T, column_tile>;
   const Place place(
-      blockIdx.x, r.sums_heads ? 1 : d.heads, l.local_tiles, 1, d.key_count, d.key_count);
+      blockIdx.x, is_absorbed ? 1 : d.heads, l.local_tiles, 1, d.key_count, d.key_count);
   const int lane = lane_id(), warp_row = static_cast<int>(threadIdx.x / 32) * 16;
   const int first_query = place.first_row + warp_row;
   T* shared = dynamic_shared<T>();
@@ -66,8 +65,12 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
   __syncthreads();
 
   const LeftRows<T, column_tile> queries(shared + warp_row * stride);
-  float total[column_tile / 8][4] = {};
-  const int end = r.sums_heads ? d.heads : place.head + 1;
+  float total[is_absorbed ? column_tile / 8 : 1][4] = {};
+  T* out = static_cast<T*>(r.out);
+  if (out != nullptr) {
+    out += (place.image * d.query_count + first_query) * r.out_columns + place.head * d.columns;
+  }
+  const int end = is_absorbed ? d.heads : place.head + 1;
   for (int head = place.head; head < end; ++head) {
     const TilePairs<T, column_tile, tile> tiles{d.keys.at<T>(place.image, head),
         d.values.at<T>(place.image, head), d.keys.row, d.values.row,
@@ -80,56 +83,65 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
           d.bias_of(place.image, head), first_query, i * tile, d.key_count, mask, kept);
     });
     const int64_t sums = (place.image * d.heads + head) * d.query_count;
-    const T* grads = r.facts == nullptr ? nullptr : r.grads.at<T>(place.image, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query = first_query + lane / 4 + 8 * half;
+      const int own = lane / 4 + 8 * half, query = first_query + own;
       const bool is_real = query < d.query_count;
       const float sum = softmax.sum(half), max = softmax.max(half), inverse = 1.0f / sum;
-      float delta = 0;
-#pragma unroll
-      for (int t = 0; t < column_tile / 8; ++t) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float value = softmax.out()[t][2 * half + i] * inverse;
-          total[t][2 * half + i] += value;
-          const int column = 8 * t + lane % 4 * 2 + i;
-          if (grads == nullptr || !is_real || column >= d.columns) continue;
-          const T* grad = grads + query * r.grads.row + column;
-          delta = fmaf(widen(load_global<T>(grad)), value, delta);
-        }
-      }
-      delta = warp_sum(delta, 4);
-      if (!is_real || lane % 4 > 0) continue;
-      if (r.softmax != nullptr) {
+      if (is_real && lane % 4 == 0 && r.softmax != nullptr) {
         store_global(r.softmax + 2 * (sums + query), Pack<float, 2>{{max, sum}});
       }
-      if (r.facts != nullptr) {
+      if constexpr (is_absorbed) {
+#pragma unroll
+        for (int t = 0; t < column_tile / 8; ++t) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            total[t][i] = fmaf(softmax.out()[t][i], inverse, total[t][i]);
+          }
+        }
+        if (r.facts == nullptr) continue;
+      }
+      float delta = 0;
+#pragma unroll
+      for (int group = 0; group < column_tile / 32; ++group) {
+        float values[8], grads[8] = {};
+        gather_row(softmax.out(), 4 * group, half, values);
+        const int column = 32 * group + lane % 4 * 8;
+        if (!is_real || column >= d.columns) continue;
+#pragma unroll
+        for (float& value : values) value *= inverse;
+        if constexpr (!is_absorbed) store_eight(out + int64_t{own} * r.out_columns + column, values);
+        if (r.facts == nullptr) continue;
+        load_values(r.grads.at<T>(place.image, head) + query * r.grads.row + column, true, grads);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) delta = fmaf(grads[i], values[i], delta);
+      }
+      delta = warp_sum(delta, 4);
+      if (is_real && lane % 4 == 0 && r.facts != nullptr) {
         store_global(r.facts + 4 * (sums + query), PackedFacts{{max * log2_e, inverse, delta, 0}});
       }
     }
   }
-  if (r.out == nullptr) return;
-
-  const int64_t row = (place.image * d.query_count + first_query) * r.out_columns;
+  if constexpr (is_absorbed) {
+    if (r.out == nullptr) return;
+    const T* residual = static_cast<const T*>(r.residual) +
+                        (place.image * d.query_count + first_query) * r.out_columns;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int group = 0; group < column_tile / 32; ++group) {
-      float values[8];
-      gather_row(total, 4 * group, half, values);
-      const int column = 32 * group + lane % 4 * 8, own = lane / 4 + 8 * half;
-      const int width = r.sums_heads ? r.out_columns : d.columns;
-      const int left = first_query + own < d.query_count ? width - column : 0;
-      const int64_t at = row + int64_t{own} * r.out_columns + place.head * d.columns + column;
+      for (int group = 0; group < column_tile / 32; ++group) {
+        float values[8];
+        gather_row(total, 4 * group, half, values);
+        const int column = 32 * group + lane % 4 * 8, own = lane / 4 + 8 * half;
+        const int left = first_query + own < d.query_count ? r.out_columns - column : 0;
+        const int64_t at = int64_t{own} * r.out_columns + column;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < left) values[i] += parameter_at<T>(r.bias, column + i, 0);
+        for (int i = 0; i < 8; ++i) {
+          if (i < left) values[i] += parameter_at<T>(r.bias, column + i, 0);
+        }
+        add_eight(residual + at, left, r.packed, values);
+        store_eight(out + at, left, r.packed, values);
       }
-      if (r.residual != nullptr) {
-        add_eight(static_cast<const T*>(r.residual) + at, left, r.packed, values);
-      }
-      store_eight(static_cast<T*>(r.out) + at, left, r.packed, values);
     }
   }
 }
