@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, operators
+from . import checks, native, operators
 from .backends import Operation, register, select
 from .reference import co_attention as reference
 from .reference.co_attention import co_attend
@@ -44,6 +44,14 @@ def _kernel_refusal(
     return checks.head_dim_refusal(local_proj_weight.shape[1] // num_heads)
 
 
+def _cuda_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
+    return (
+        native.cuda_can_run(local, "local")
+        or native.cuda_can_run(global_, "global_")
+        or _kernel_refusal(local, global_, **options)
+    )
+
+
 def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -54,8 +62,8 @@ OPERATION = register(
     Operation(
         "co_attention",
         tensors=("local", "global_"),
-        present={"sdpa": lambda: None},
-        can_run={"sdpa": _sdpa_can_run},
+        present={"cuda": native.cuda_refusal, "sdpa": lambda: None},
+        can_run={"cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
     )
 )
 

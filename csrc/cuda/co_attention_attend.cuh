@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(128, 2)
         if (!is_real || column >= d.columns) continue;
 #pragma unroll
         for (float& value : values) value *= inverse;
-        if constexpr (!is_absorbed) store_eight(out + int64_t{own} * r.out_columns + column, values);
+        if constexpr (!is_absorbed)
+          store_eight(out + int64_t{own} * r.out_columns + column, values);
         if (r.facts == nullptr) continue;
         load_values(r.grads.at<T>(place.image, head) + query * r.grads.row + column, true, grads);
 #pragma unroll

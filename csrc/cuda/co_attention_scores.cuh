@@ -108,6 +108,26 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
       rows_left - warp_row, d.columns);
 }
 
+// Adds rows of (…, stride) to a warp's 16 rows.
+template <typename T, int tiles>
+DSNET_DEVICE void add_rows(
+    const T* from, int64_t stride, int rows, int columns, float (&result)[tiles][4]) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      const int column = 8 * t + lane % 4 * 2;
+      if (row >= rows || column >= columns) continue;
+      float pair[2];
+      widen<T>(load_global<Stored<T, 2>>(from + row * stride + column), pair);
+      result[t][2 * half] += pair[0];
+      result[t][2 * half + 1] += pair[1];
+    }
+  }
+}
+
 // Queries at a time in the keys' kernel: two score matrices beside two sums in registers.
 template <typename T, int column_tile>
 constexpr int queries_of_tile = sizeof(T) == 4 && column_tile > 32 ? 16 : 32;
@@ -117,8 +137,9 @@ enum class KeyGradients { separate, merged };
 
 // Where they go.
 struct KeyResult {
-  ResultRows keys, values;  // with merged gradients the same
-  float* bias;              // (splits, h, B, keys) or null
+  ResultRows keys, values;      // with merged gradients the same
+  float* bias;                  // (splits, h, B, keys) or null
+  const void* added = nullptr;  // rows like those of keys to be added to merged gradients
 };
 
 // dK and dV of 64 keys, or where a block's registers do not hold both sums one of them. Local keys
@@ -218,6 +239,11 @@ __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
 
   using Result = std::conditional_t<is_local, T, float>;
   const int own_left = rows_left - warp_row;
+  if constexpr (is_merged) {
+    ResultRows added = result.keys;
+    added.data = const_cast<void*>(result.added);
+    add_rows(added.at<T>(place) + warp_row * added.row, added.row, own_left, d.columns, grad_k);
+  }
   if (has_k) {
     store_rows(grad_k, g.scale, result.keys.at<Result>(place) + warp_row * result.keys.row,
         result.keys.row, own_left, d.columns);

@@ -6,6 +6,8 @@ import emulator_build
 import torch
 from torch import Tensor
 
+from dsnet_kernels.co_attention import _parameter_shapes
+
 from .call import Call, change
 
 PARAMETERS = (
@@ -82,3 +84,55 @@ def forward(
     emulator.set_seed(seed)
     emulator.forward(args, call.storage, launch)
     return tuple(call.result(name, dtypes[name], shapes[name]) for name in shapes)
+
+
+def backward(
+    grad_local: Tensor,
+    grad_global: Tensor,
+    local: Tensor,
+    global_: Tensor,
+    local_softmax: Tensor,
+    global_softmax: Tensor,
+    attended: Tensor,
+    num_heads: int,
+    *others: Any,
+    seed: int = 0,
+    **fields: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of both streams and of the parameters in a row; arguments as in forward."""
+    *others, absorbed = others
+    (batch, tokens, width), (_, global_tokens, global_width) = local.shape, global_.shape
+    dim = attended.shape[2]
+    shapes = _parameter_shapes(width, global_width, dim)
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    if batch == 0:
+        return torch.empty_like(local), torch.empty_like(global_), torch.zeros(count)
+    emulator = emulator_build.load("co_attention")
+    call = Call(emulator, local.dtype)
+    args = emulator.Backward(
+        emulator.Shape(
+            batch, tokens, global_tokens, width, global_width, num_heads, dim // num_heads
+        ),
+        _inputs(call, local, global_, *others),
+        call.place("grad_local", grad_local.detach().contiguous()),
+        call.place("grad_global", grad_global.detach().contiguous()),
+        call.place("global_softmax", global_softmax.detach().contiguous()),
+        call.place("attended", attended.detach().contiguous()),
+        call.output("out_local", local.numel(), local.dtype),
+        call.output("out_global", global_.numel(), local.dtype),
+        call.output("parameters", count, torch.float32),
+    )
+    launch = change(emulator.launch(args, _form(absorbed)), **fields)
+    size = emulator.workspace(args, call.storage, launch)
+    args.workspace = call.output("workspace", size, torch.uint8)
+    emulator.set_seed(seed)
+    emulator.backward(args, call.storage, launch)
+    return (
+        call.result("out_local", local.dtype, tuple(local.shape)),
+        call.result("out_global", local.dtype, tuple(global_.shape)),
+        call.result("parameters", torch.float32, (count,)),
+    )
+
+
+OPERATORS = {"co_attention": forward, "co_attention_backward": backward}
+"""What stands in for each raw operator of the ``cuda`` backend."""

@@ -1,5 +1,5 @@
 // Python module: co-attention's CUDA launchers in the emulator.
-#include "cuda/co_attention.cuh"
+#include "cuda/co_attention_backward.cuh"
 
 #include <pybind11/stl.h>
 
@@ -14,6 +14,25 @@ namespace {
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Stands in for the GPU's dense products.
+void multiply(const TokenProduct& p, Storage storage) {
+  with_storage(p.is_float32 ? Storage::float32 : storage, [&](auto zero) {
+    using T = decltype(zero);
+    const auto value = [](const void* matrix, int64_t i) {
+      return double{widen(load_global<T>(static_cast<const T*>(matrix) + i))};
+    };
+    for (int64_t i = 0; i < p.left_columns; ++i) {
+      for (int64_t j = 0; j < p.right_columns; ++j) {
+        double sum = 0;
+        for (int64_t row = 0; row < p.rows; ++row) {
+          sum += value(p.left, row * p.left_stride + i) * value(p.right, row * p.right_stride + j);
+        }
+        store_global(p.out + i * p.out_stride + j, static_cast<float>(sum));
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -53,6 +72,17 @@ PYBIND11_MODULE(emulator_co_attention, m) {
       .def_property("workspace", nullptr,
           [](CoAttentionForward& args, uintptr_t address) { args.workspace = at<void>(address); });
 
+  py::class_<CoAttentionBackward>(m, "Backward", py::module_local())
+      .def(py::init([](CoAttentionShape shape, CoAttentionInputs inputs, uintptr_t grad_local,
+                        uintptr_t grad_global, uintptr_t global_softmax, uintptr_t attended,
+                        uintptr_t out_local, uintptr_t out_global, uintptr_t parameters) {
+        return CoAttentionBackward{shape, inputs, at<void>(grad_local), at<void>(grad_global),
+            at<float>(global_softmax), at<float>(attended), at<void>(out_local),
+            at<void>(out_global), at<float>(parameters), nullptr};
+      }))
+      .def_property("workspace", nullptr,
+          [](CoAttentionBackward& args, uintptr_t address) { args.workspace = at<void>(address); });
+
   py::class_<CoAttentionLaunch>(m, "Launch", py::module_local())
       .def_readonly_static("block_rows", &CoAttentionLaunch::block_rows)
       .def_readonly("absorbed", &CoAttentionLaunch::absorbed)
@@ -78,4 +108,16 @@ PYBIND11_MODULE(emulator_co_attention, m) {
   m.def("forward", [](const CoAttentionForward& args, Storage storage, const CoAttentionLaunch& l) {
     co_attention_forward(args, storage, l, nullptr);
   });
+  m.def("launch", [](const CoAttentionBackward& args, int absorbed) {
+    return co_attention_launch(args, absorbed);
+  });
+  m.def("workspace",
+      [](const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
+        return co_attention_workspace(args, storage, l);
+      });
+  m.def(
+      "backward", [](const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
+        co_attention_backward(args, storage, l, nullptr);
+        for (const TokenProduct& p : co_attention_products(args, storage, l)) multiply(p, storage);
+      });
 }
