@@ -16,7 +16,7 @@ class Carver {
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
   void* bytes(int64_t count) {
     char* part = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += detail::divide_up(count, 16) * 16;
+    used_ += divide_up(count, 16) * 16;
     return part;
   }
   float* floats(int64_t count) {
@@ -48,7 +48,7 @@ struct CoAttentionOperands {
     normalized = carver.bytes(global_rows * shape.global_width * size);
     statistics = carver.floats(global_rows * 2);
     global_qkv = carver.bytes(global_rows * 3 * shape.width * (l.absorbed ? 4 : size));
-    token_row = l.copies_tokens ? detail::divide_up(shape.local_width, 8) * 8 : shape.local_width;
+    token_row = l.copies_tokens ? divide_up(shape.local_width, 8) * 8 : shape.local_width;
     tokens = l.copies_tokens ? carver.bytes(local_rows * token_row * size)
                              : const_cast<void*>(inputs.local);
     local_qkv = l.absorbed ? nullptr : carver.bytes(local_rows * 3 * shape.width * size);
@@ -122,10 +122,10 @@ inline Linear linear(Parameter x, int64_t x_stride, Parameter weight, Parameter 
 template <typename T>
 void launch_affine(const void* x, Parameter scale, Parameter shift, int64_t rows, int64_t width,
     void* out, cudaStream_t stream) {
-  const int64_t padded = detail::divide_up(width, 8) * 8;
+  const int64_t padded = divide_up(width, 8) * 8;
   const int64_t units = rows * padded * static_cast<int64_t>(sizeof(T)) / 16;
   launch("co_attention_affine", co_attention_affine<T>,
-      {dim3{static_cast<unsigned>(detail::divide_up(units, 256))}, dim3{256}}, stream,
+      {dim3{static_cast<unsigned>(divide_up(units, 256))}, dim3{256}}, stream,
       static_cast<const T*>(x), scale, shift, rows, static_cast<int>(width),
       static_cast<int>(padded), width % 8 == 0 && detail::is_attention_aligned(x),
       static_cast<T*>(out));
@@ -162,7 +162,7 @@ void prepare(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
   const int64_t global_rows = shape.batch * shape.global_tokens;
   const int64_t local_rows = shape.batch * shape.local_tokens, width = shape.width;
   launch("co_attention_norm", co_attention_norm<T>,
-      {dim3{static_cast<unsigned>(detail::divide_up(global_rows, 4))}, dim3{128}}, stream,
+      {dim3{static_cast<unsigned>(divide_up(global_rows, 4))}, dim3{128}}, stream,
       static_cast<const T*>(inputs.global), inputs.global_norm_weight, inputs.global_norm_bias,
       inputs.eps, global_rows, static_cast<int>(shape.global_width),
       static_cast<T*>(operands.normalized), operands.statistics);
@@ -250,7 +250,7 @@ void launch_global(
   });
   const int64_t rows = d.batch * d.heads * d.query_count;
   launch("co_attention_combine", co_attention_combine,
-      {dim3{static_cast<unsigned>(detail::divide_up(rows, 4))}, dim3{128}}, stream, d, l.splits,
+      {dim3{static_cast<unsigned>(divide_up(rows, 4))}, dim3{128}}, stream, d, l.splits,
       static_cast<const float*>(r.partials), r.softmax,
       static_cast<float*>(const_cast<void*>(r.out.data)), r.out.image, r.out.head, r.out.row,
       r.kept);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/absorbs.h"
+#include "cuda/divide_up.h"
 #include "cuda/global_attention.h"
 
 namespace dsnet::cuda {
@@ -95,8 +96,6 @@ inline std::string text(const CoAttentionLaunch& l) {
 
 namespace detail {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline bool all_aligned(std::initializer_list<const void*> all) {
   return std::all_of(all.begin(), all.end(), is_attention_aligned);
 }
@@ -152,6 +151,34 @@ inline CoAttentionLaunch co_attention_launch(const CoAttentionForward& args, int
 inline CoAttentionLaunch co_attention_launch(const CoAttentionBackward& args, int absorbed) {
   return detail::co_attention_launch_for(
       args.shape, args.inputs, args.grad_local, args.out_local, absorbed);
+}
+
+// Where each parameter's gradient begins in the row of all.
+struct ParameterOffsets {
+  int64_t norm_weight, norm_bias, local_qkv_weight, local_qkv_bias, global_qkv_weight,
+      global_qkv_bias, local_proj_weight, local_proj_bias, global_proj_weight, global_proj_bias,
+      scale, shift, end;
+
+  explicit ParameterOffsets(const CoAttentionShape& shape) {
+    const int64_t local = shape.local_width, global = shape.global_width, width = shape.width;
+    norm_weight = 0;
+    norm_bias = norm_weight + global;
+    local_qkv_weight = norm_bias + global;
+    local_qkv_bias = local_qkv_weight + 3 * width * local;
+    global_qkv_weight = local_qkv_bias + 3 * width;
+    global_qkv_bias = global_qkv_weight + 3 * width * global;
+    local_proj_weight = global_qkv_bias + 3 * width;
+    local_proj_bias = local_proj_weight + local * width;
+    global_proj_weight = local_proj_bias + local;
+    global_proj_bias = global_proj_weight + global * width;
+    scale = global_proj_bias + global;
+    shift = scale + local;
+    end = shift + local;
+  }
+};
+
+inline int64_t co_attention_parameters(const CoAttentionShape& shape) {
+  return ParameterOffsets(shape).end;
 }
 
 // A sum over tokens: out (left_columns, right_columns) = leftᵀ·right, on the GPU a dense product.

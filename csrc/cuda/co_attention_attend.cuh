@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
 }
 
 // Combines the splits of the global queries: a warp per query and head.
-__global__ inline void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     co_attention_combine(const Direction d, int64_t splits, const float* partials, float* softmax,
         float* out, int64_t out_image, int64_t out_head, int64_t out_row, float* kept) {
   const int64_t all = d.batch * d.heads * d.query_count;

@@ -87,29 +87,6 @@ size_t co_attention_workspace(
   return CoAttentionBackwardParts(counted, storage, l).carver.used();
 }
 
-// Where each parameter's gradient begins in the row of all.
-struct ParameterOffsets {
-  int64_t norm_weight, norm_bias, local_qkv_weight, local_qkv_bias, global_qkv_weight,
-      global_qkv_bias, local_proj_weight, local_proj_bias, global_proj_weight, global_proj_bias,
-      scale, shift;
-
-  explicit ParameterOffsets(const CoAttentionShape& shape) {
-    const int64_t local = shape.local_width, global = shape.global_width, width = shape.width;
-    norm_weight = 0;
-    norm_bias = norm_weight + global;
-    local_qkv_weight = norm_bias + global;
-    local_qkv_bias = local_qkv_weight + 3 * width * local;
-    global_qkv_weight = local_qkv_bias + 3 * width;
-    global_qkv_bias = global_qkv_weight + 3 * width * global;
-    local_proj_weight = global_qkv_bias + 3 * width;
-    local_proj_bias = local_proj_weight + local * width;
-    global_proj_weight = local_proj_bias + local;
-    global_proj_bias = global_proj_weight + global * width;
-    scale = global_proj_bias + global;
-    shift = scale + local;
-  }
-};
-
 // out = x·W over rows; value (k, column) of W is at W[k·columns + column].
 inline Linear linear_transposed(Parameter x, Parameter weight, void* out, bool out_is_float32,
     int64_t rows, int64_t depth, int64_t columns) {
@@ -148,15 +125,14 @@ void launch_backward_queries(const Direction& d, const DirectionGradients& g,
   });
 }
 
-template <typename T, bool is_local, KeyGradients form>
+template <typename T, bool is_local, bool is_merged>
 void launch_backward_keys(const Direction& d, const DirectionGradients& g,
     const CoAttentionLaunch& l, const KeyResult& result, cudaStream_t stream) {
-  constexpr bool is_merged = form == KeyGradients::merged;
   const int64_t blocks =
       is_local ? (is_merged ? 1 : d.heads) * l.local_tiles : d.heads * l.global_tiles * l.splits;
   with_head_tile(l.column_tile, [&](auto column_tile) {
     constexpr int tile = decltype(column_tile)::value, parts = is_merged ? 1 : key_parts<tile>;
-    launch("co_attention_backward_keys", co_attention_backward_keys<T, tile, is_local, form>,
+    launch("co_attention_backward_keys", co_attention_backward_keys<T, tile, is_local, is_merged>,
         {dim3{static_cast<unsigned>(d.batch * blocks * parts)}, dim3{128},
             co_attention_bytes<T, tile>(2, pair_stages<T>, queries_of_tile<T, tile>)},
         stream, d, g, l, result);
@@ -207,9 +183,9 @@ template <typename T, bool has_norm>
 void launch_column_sums(const void* matrix, const void* x, const float* statistics, int64_t rows,
     int64_t columns, const CoAttentionLaunch& l, float* partials, float* sums,
     cudaStream_t stream) {
-  const int64_t slot_rows = std::max<int64_t>(64, detail::divide_up(rows, l.slots));
-  const int64_t slots = detail::divide_up(rows, slot_rows);
-  const int64_t groups = detail::divide_up(columns, NormBackward::columns);
+  const int64_t slot_rows = std::max<int64_t>(64, divide_up(rows, l.slots));
+  const int64_t slots = divide_up(rows, slot_rows);
+  const int64_t groups = divide_up(columns, NormBackward::columns);
   launch("global_attention_column_sums", global_attention_column_sums<T, has_norm>,
       {dim3{static_cast<unsigned>(groups * slots)},
           dim3{NormBackward::columns, NormBackward::row_lanes}},
@@ -235,7 +211,7 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
           parts.grad_normalized, is_float32, global_rows, 3 * shape.width, shape.global_width),
       stream);
   launch("co_attention_backward_norm", co_attention_backward_norm<T>,
-      {dim3{static_cast<unsigned>(detail::divide_up(global_rows, 4))}, dim3{128}}, stream,
+      {dim3{static_cast<unsigned>(divide_up(global_rows, 4))}, dim3{128}}, stream,
       static_cast<const T*>(parts.grad_normalized), static_cast<const T*>(inputs.global),
       static_cast<const T*>(args.grad_global), inputs.global_norm_weight,
       static_cast<const float*>(parts.operands.statistics), global_rows,
@@ -259,9 +235,9 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
         stream);
   }
 
-  const int64_t slot_rows = std::max<int64_t>(64, detail::divide_up(local_rows, l.slots));
-  const int64_t slots = detail::divide_up(local_rows, slot_rows), width = shape.local_width;
-  const int64_t groups = detail::divide_up(width, NormBackward::columns);
+  const int64_t slot_rows = std::max<int64_t>(64, divide_up(local_rows, l.slots));
+  const int64_t slots = divide_up(local_rows, slot_rows), width = shape.local_width;
+  const int64_t groups = divide_up(width, NormBackward::columns);
   launch("co_attention_backward_affine", co_attention_backward_affine<T>,
       {dim3{static_cast<unsigned>(groups * slots)},
           dim3{NormBackward::columns, NormBackward::row_lanes}},
@@ -330,11 +306,12 @@ void backward_of_results(const CoAttentionBackward& args, const CoAttentionBackw
   again.facts = parts.local_facts;
   launch_local<T>(local, again, l, stream);
   const int64_t rows = global_rows * shape.heads;
+  // Without dropout the constant of a query's weight gradients cancels against δ.
+  const bool has_constant = l.absorbed && inputs.dropout.threshold > 0;
   launch("co_attention_global_facts", co_attention_global_facts<T>,
-      {dim3{static_cast<unsigned>(detail::divide_up(rows, 4))}, dim3{128}}, stream, global,
-      grad_global, args.global_softmax, results,
-      static_cast<const float*>(l.absorbed ? parts.kept : nullptr),
-      static_cast<const float*>(l.absorbed ? parts.constants : nullptr), parts.global_facts,
+      {dim3{static_cast<unsigned>(divide_up(rows, 4))}, dim3{128}}, stream, global, grad_global,
+      args.global_softmax, results, static_cast<const float*>(has_constant ? parts.kept : nullptr),
+      static_cast<const float*>(has_constant ? parts.constants : nullptr), parts.global_facts,
       l.absorbed ? parts.zero : nullptr);
 }
 
@@ -373,7 +350,7 @@ void co_attention_backward_of(
   launch_backward_queries<T, false>(global, of_global, l, sums_of(l.absorbed ? 2 : 0), stream);
   DirectionGradients of_global_keys = of_local;
   of_global_keys.scale = scale;
-  launch_backward_keys<T, false, KeyGradients::separate>(local, of_global_keys, l,
+  launch_backward_keys<T, false, false>(local, of_global_keys, l,
       {sums_of(l.absorbed ? 0 : 1), sums_of(l.absorbed ? 1 : 2),
           l.absorbed ? parts.bias_partials : nullptr},
       stream);
@@ -382,14 +359,14 @@ void co_attention_backward_of(
   if (l.absorbed) {
     KeyResult tokens{local_rows_of(1), local_rows_of(1), nullptr};
     tokens.added = parts.grad_queries;
-    launch_backward_keys<T, true, KeyGradients::merged>(global, of_local_keys, l, tokens, stream);
+    launch_backward_keys<T, true, true>(global, of_local_keys, l, tokens, stream);
     const int64_t matrix = shape.heads * global_rows * l.columns;
     launch_sum(parts.partials, l.splits, 3 * matrix, parts.grad_absorbed, stream);
     launch_sum(
         parts.bias_partials, l.splits, shape.heads * global_rows, parts.grad_key_bias, stream);
     backward_of_absorbed<T>(shape, inputs, parts, l, stream);
   } else {
-    launch_backward_keys<T, true, KeyGradients::separate>(
+    launch_backward_keys<T, true, false>(
         global, of_local_keys, l, {local_rows_of(1), local_rows_of(2), nullptr}, stream);
     launch_sum(parts.partials, l.splits, global_rows * 3 * width,
         static_cast<T*>(parts.grad_global_qkv), stream);

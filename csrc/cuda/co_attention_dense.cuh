@@ -162,8 +162,8 @@ void launch_linear(const Linear& args, cudaStream_t stream) {
     return p.is_float32 == (sizeof(T) == 4) && step == 1 && stride % width == 0 &&
            depth % width == 0 && detail::is_attention_aligned(p.data);
   };
-  const int64_t columns = detail::divide_up(args.columns, linear_columns);
-  const int64_t blocks = detail::divide_up(args.rows, linear_rows) * columns;
+  const int64_t columns = divide_up(args.columns, linear_columns);
+  const int64_t blocks = divide_up(args.rows, linear_rows) * columns;
   constexpr int stride = row_stride<T, 128 / static_cast<int>(sizeof(T))>;
   const Grid grid{dim3{static_cast<unsigned>(blocks)}, dim3{128},
       2 * (linear_rows + linear_columns) * stride * sizeof(T)};
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(256)
 template <typename T>
 void launch_small_product(
     const CoAttentionShape& shape, const SmallProduct& args, cudaStream_t stream) {
-  const int64_t tiles = detail::divide_up(shape.global_tokens, product_tile) *
-                        detail::divide_up(args.out_columns, product_tile);
+  const int64_t tiles =
+      divide_up(shape.global_tokens, product_tile) * divide_up(args.out_columns, product_tile);
   const int64_t blocks = shape.batch * shape.heads * tiles;
   launch("co_attention_small_product", co_attention_small_product<T>,
       {dim3{static_cast<unsigned>(blocks)}, dim3{256}}, stream, args, shape.batch,

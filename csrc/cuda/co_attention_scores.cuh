@@ -132,10 +132,7 @@ DSNET_DEVICE void add_rows(
 template <typename T, int column_tile>
 constexpr int queries_of_tile = sizeof(T) == 4 && column_tile > 32 ? 16 : 32;
 
-// What a key's kernel writes: separate sums of dK and dV, or their sum.
-enum class KeyGradients { separate, merged };
-
-// Where they go.
+// Where the gradients of keys and values go.
 struct KeyResult {
   ResultRows keys, values;      // with merged gradients the same
   float* bias;                  // (splits, h, B, keys) or null
@@ -143,12 +140,12 @@ struct KeyResult {
 };
 
 // dK and dV of 64 keys, or where a block's registers do not hold both sums one of them. Local keys
-// have all queries, of one head or, merged, summed over all; global ones those of one split.
-template <typename T, int column_tile, bool is_local, KeyGradients form>
+// have all queries, of one head or, merged, dK + dV summed over all; global ones those of one
+// split.
+template <typename T, int column_tile, bool is_local, bool is_merged>
 __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
     co_attention_backward_keys(const Direction d, const DirectionGradients g,
         const CoAttentionLaunch l, const KeyResult result) {
-  constexpr bool is_merged = form == KeyGradients::merged;
   constexpr int tile = queries_of_tile<T, column_tile>, tiles = tile / 8;
   constexpr int parts = is_merged ? 1 : key_parts<column_tile>;
   constexpr int stride = row_stride<T, column_tile>;

@@ -51,8 +51,8 @@ template <typename V>
 void launch_sum(
     const float* partials, int64_t splits, int64_t count, V* sums, cudaStream_t stream) {
   launch("co_attention_sum", co_attention_sum<V>,
-      {dim3{static_cast<unsigned>(detail::divide_up(count, 256))}, dim3{256}}, stream, partials,
-      splits, count, sums);
+      {dim3{static_cast<unsigned>(divide_up(count, 256))}, dim3{256}}, stream, partials, splits,
+      count, sums);
 }
 
 // out = grad + (g − mean(g) − unit·mean(g·unit)) / deviation with unit = (x − mean) / deviation and
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(128) co_attention_backward_norm(const T* above
 // out = grad + scale·above, and of one slot's rows the sums of x·above and of above; rows of
 // `above` are above_row apart. Writes partials (2, slots, width).
 template <typename T>
-__global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes)
+__global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes, 4)
     co_attention_backward_affine(const T* above, int64_t above_row, const T* x, const T* grad,
         Parameter scale, int64_t rows, int width, int64_t slot_rows, T* out, float* partials) {
   constexpr int block_columns = NormBackward::columns, lanes = NormBackward::row_lanes;
