@@ -17,7 +17,7 @@ EPS = 1e-5
 # Batch, height, width, global tokens, heads, head dimension, channels of both streams: both sides
 # of every tile's limit, channels that are no multiple of 8, every width that is compiled.
 SHAPES = [
-    (2, 1, 3, 9, 2, 8, 3, 5),
+    (2, 1, 3, 9, 2, 8, 3, 13),
     (1, 8, 8, 64, 1, 32, 32, 16),
     (1, 5, 13, 65, 2, 16, 36, 24),
     (2, 7, 7, 49, 3, 8, 24, 20),
@@ -125,7 +125,7 @@ def test_splits_of_the_local_tokens_are_combined(dtype, absorbed):
     # The maximum is the same; sums and results differ by the order of additions.
     assert torch.equal(one[1][..., 0], several[1][..., 0])
     torch.testing.assert_close(one[1], several[1], rtol=1e-5, atol=1e-5)
-    tolerance = 2 * torch.finfo(dtype).eps
+    tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(one[2], several[2], rtol=tolerance, atol=tolerance)
 
 
