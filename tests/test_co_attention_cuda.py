@@ -148,8 +148,9 @@ def test_saved_softmax_is_maximum_and_sum(tokens, absorbed):
         heads(global_, "global"),
     )
     if absorbed:
-        # The key bias is a constant of each query's logits, and left out.
-        k_local = k_local - x["local_qkv_bias"][32:64].view(2, 1, 16)
+        # What all keys have in common is a constant of each query's logits, and left out.
+        common = heads(x["local_shift"].expand(2, 1, 20), "local")[1]
+        k_local = k_local - common
     for saved, q, k in (
         (local_softmax, q_local, k_global),
         (global_softmax, q_global, k_local),

@@ -31,18 +31,30 @@ class Carver {
 
 // What the attention reads, in the workspace.
 struct CoAttentionOperands {
-  void* normalized;   // (B, M, Cg), LayerNorm of the global tokens
-  float* statistics;  // (B, M, 2), mean and 1 / deviation
-  void* global_qkv;   // (B, M, 3·dim), in float32 where absorbed
-  void* tokens;       // (B, N, padded Cl), the affine local tokens, or those as they are
-  int64_t token_row;  // values from one to the next
-  void* local_qkv;    // (B, N, 3·dim), projected
-  void* absorbed[3];  // A, U and G, (h, B, M, columns)
-  float* key_bias;    // a, (h, B, M)
+  CoAttentionInputs inputs;  // without an affine: it is folded into the projections
+  void* folded_weight;       // (3·dim, Cl), in float32 where absorbed
+  float* folded_bias;        // (3·dim)
+  void* normalized;          // (B, M, Cg), LayerNorm of the global tokens
+  float* statistics;         // (B, M, 2), mean and 1 / deviation
+  void* global_qkv;          // (B, M, 3·dim), in float32 where absorbed
+  void* tokens;              // (B, N, padded Cl), the local tokens, or those as they are
+  int64_t token_row;         // values from one to the next
+  void* local_qkv;           // (B, N, 3·dim), projected
+  void* absorbed[3];         // A, U and G, (h, B, M, columns)
+  float* key_bias;           // a, (h, B, M)
 
-  CoAttentionOperands(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
-      Storage storage, const CoAttentionLaunch& l, Carver& carver) {
+  CoAttentionOperands(const CoAttentionShape& shape, const CoAttentionInputs& given,
+      Storage storage, const CoAttentionLaunch& l, Carver& carver)
+      : inputs(given) {
     const auto size = static_cast<int64_t>(bytes_of(storage));
+    const int64_t weights = l.folds ? 3 * shape.width * shape.local_width : 0;
+    folded_weight = carver.bytes(weights * (l.absorbed ? 4 : size));
+    folded_bias = carver.floats(l.folds ? 3 * shape.width : 0);
+    if (l.folds) {
+      inputs.local_qkv_weight = {folded_weight, l.absorbed || size == 4};
+      inputs.local_qkv_bias = {folded_bias, true};
+      inputs.local_scale = inputs.local_shift = {};
+    }
     const int64_t global_rows = shape.batch * shape.global_tokens;
     const int64_t local_rows = shape.batch * shape.local_tokens;
     normalized = carver.bytes(global_rows * shape.global_width * size);
@@ -120,15 +132,23 @@ inline Linear linear(Parameter x, int64_t x_stride, Parameter weight, Parameter 
 }
 
 template <typename T>
-void launch_affine(const void* x, Parameter scale, Parameter shift, int64_t rows, int64_t width,
-    void* out, cudaStream_t stream) {
+void launch_pad(const void* x, int64_t rows, int64_t width, void* out, cudaStream_t stream) {
   const int64_t padded = divide_up(width, 8) * 8;
   const int64_t units = rows * padded * static_cast<int64_t>(sizeof(T)) / 16;
-  launch("co_attention_affine", co_attention_affine<T>,
+  launch("co_attention_pad", co_attention_pad<T>,
       {dim3{static_cast<unsigned>(divide_up(units, 256))}, dim3{256}}, stream,
-      static_cast<const T*>(x), scale, shift, rows, static_cast<int>(width),
-      static_cast<int>(padded), width % 8 == 0 && detail::is_attention_aligned(x),
-      static_cast<T*>(out));
+      static_cast<const T*>(x), rows, static_cast<int>(width), static_cast<int>(padded),
+      width % 8 == 0 && detail::is_attention_aligned(x), static_cast<T*>(out));
+}
+
+template <typename T, typename V>
+void launch_fold(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
+    const CoAttentionOperands& operands, cudaStream_t stream) {
+  launch("co_attention_fold", co_attention_fold<T, V>,
+      {dim3{static_cast<unsigned>(divide_up(3 * shape.width, 4))}, dim3{128}}, stream,
+      inputs.local_qkv_weight, inputs.local_qkv_bias, inputs.local_scale, inputs.local_shift,
+      3 * shape.width, static_cast<int>(shape.local_width), static_cast<V*>(operands.folded_weight),
+      operands.folded_bias);
 }
 
 // A product with rows of the float32 (B, M, 3·dim) matrix, each head's part of it.
@@ -154,11 +174,14 @@ inline void set_result(
   p.out_columns = static_cast<int>(out_columns);
 }
 
-// Fills the operands.
+// Fills the operands from the inputs as they were given.
 template <typename T>
-void prepare(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
+void prepare(const CoAttentionShape& shape, const CoAttentionInputs& given,
     const CoAttentionOperands& operands, const CoAttentionLaunch& l, cudaStream_t stream) {
   constexpr bool is_float32 = sizeof(T) == 4;
+  const CoAttentionInputs& inputs = operands.inputs;
+  if (l.folds && l.absorbed) launch_fold<T, float>(shape, given, operands, stream);
+  if (l.folds && !l.absorbed) launch_fold<T, T>(shape, given, operands, stream);
   const int64_t global_rows = shape.batch * shape.global_tokens;
   const int64_t local_rows = shape.batch * shape.local_tokens, width = shape.width;
   launch("co_attention_norm", co_attention_norm<T>,
@@ -172,8 +195,7 @@ void prepare(const CoAttentionShape& shape, const CoAttentionInputs& inputs,
           global_rows, shape.global_width, 3 * width),
       stream);
   if (l.copies_tokens) {
-    launch_affine<T>(inputs.local, inputs.local_scale, inputs.local_shift, local_rows,
-        shape.local_width, operands.tokens, stream);
+    launch_pad<T>(inputs.local, local_rows, shape.local_width, operands.tokens, stream);
   }
   if (!l.absorbed) {
     launch_linear<T>(linear({operands.tokens, is_float32}, operands.token_row,
@@ -299,10 +321,10 @@ void co_attention_forward_of(
   constexpr bool is_float32 = sizeof(T) == 4;
   constexpr Storage storage = storage_of<T>;
   const CoAttentionShape& shape = args.shape;
-  const CoAttentionInputs& inputs = args.inputs;
   const CoAttentionForwardParts parts(args, storage, l);
   const CoAttentionOperands& operands = parts.operands;
-  prepare<T>(shape, inputs, operands, l, stream);
+  const CoAttentionInputs& inputs = operands.inputs;
+  prepare<T>(shape, args.inputs, operands, l, stream);
 
   LocalResult local{};
   local.softmax = args.local_softmax;

@@ -53,8 +53,8 @@ struct CoAttentionForward {
   void* workspace;        // of co_attention_workspace's bytes, aligned to 16
 };
 
-// Two parts: the kernels, then the weights' gradients as the products that co_attention_products
-// lists.
+// Three parts: kernels, the weights' gradients as the products that co_attention_products lists,
+// and what the local affine makes of them.
 struct CoAttentionBackward {
   CoAttentionShape shape;
   CoAttentionInputs inputs;
@@ -73,7 +73,8 @@ struct CoAttentionLaunch {
   static constexpr int block_rows = 64;     // tokens of a block
   static constexpr int max_absorbed = 128;  // channels that the absorbed form's tiles hold
   bool absorbed;         // the local projections are folded into matrices of the global tokens
-  bool copies_tokens;    // an affine, ragged channels or unaligned memory
+  bool folds;            // the local affine, into the projections
+  bool copies_tokens;    // absorbed: ragged channels or unaligned memory
   bool copies_grad;      // of the local stream, likewise
   bool packed;           // 16 bytes per access to the local stream and its result
   int columns;           // of queries, keys and values
@@ -114,8 +115,8 @@ inline CoAttentionLaunch co_attention_launch_for(const CoAttentionShape& shape,
                                    : absorbed > 0;
   l.absorbed = wanted && shape.local_width <= CoAttentionLaunch::max_absorbed;
   const bool is_even = shape.local_width % 8 == 0;
-  l.copies_tokens = inputs.local_scale.data != nullptr || inputs.local_shift.data != nullptr ||
-                    !is_even || !all_aligned({inputs.local});
+  l.folds = inputs.local_scale.data != nullptr || inputs.local_shift.data != nullptr;
+  l.copies_tokens = l.absorbed && (!is_even || !all_aligned({inputs.local}));
   l.copies_grad = l.absorbed && (!is_even || !all_aligned({grad}));
   l.packed = is_even && all_aligned({inputs.local, grad, out});
   l.columns = static_cast<int>(l.absorbed ? divide_up(shape.local_width, 8) * 8 : shape.head_dim);
@@ -200,11 +201,14 @@ size_t co_attention_workspace(
 // nothing.
 void co_attention_forward(const CoAttentionForward& args, Storage storage,
     const CoAttentionLaunch& l, CUstream_st* stream);
-// Writes all but the gradients of weights.
+// Writes all but the gradients of weights, of the local projections' biases, scale and shift.
 void co_attention_backward(const CoAttentionBackward& args, Storage storage,
     const CoAttentionLaunch& l, CUstream_st* stream);
 // The gradients of weights, from what co_attention_backward leaves in the workspace.
 std::vector<TokenProduct> co_attention_products(
     const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l);
+// The last step: gradients of local projections, scale and shift, from the products.
+void co_attention_backward_projections(const CoAttentionBackward& args, Storage storage,
+    const CoAttentionLaunch& l, CUstream_st* stream);
 
 }  // namespace dsnet::cuda

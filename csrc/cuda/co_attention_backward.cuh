@@ -29,13 +29,15 @@ struct CoAttentionBackwardParts {
   float* bias_partials;               // (splits, h, B, M), absorbed
   void* grad_local_qkv;               // (B, N, 3·dim), projected
   void* grad_queries;                 // (B, N, columns), absorbed: of the local tokens as queries
-  void* grad_tokens;                  // (B, N, Cl or columns)
-  float* grad_absorbed;               // dA/√d, dU and dG/√d, (3, h, B, M, columns)
-  float* grad_key_bias;               // da/√d, (h, B, M)
-  void* grad_global_qkv;              // (B, M, 3·dim)
-  void* grad_normalized;              // (B, M, Cg)
-  void* attended;                     // (B, M, dim) in the storage of the streams
-  float* slot_partials;               // (2, slots, the widest sum)
+  void* grad_tokens;                  // (B, N, columns), absorbed and copied
+  float* grad_folded_weight;  // (3·dim, Cl), of the projections that the affine is folded in
+  float* grad_folded_bias;    // (3·dim)
+  float* grad_absorbed;       // dA/√d, dU and dG/√d, (3, h, B, M, columns)
+  float* grad_key_bias;       // da/√d, (h, B, M)
+  void* grad_global_qkv;      // (B, M, 3·dim)
+  void* grad_normalized;      // (B, M, Cg)
+  void* attended;             // (B, M, dim) in the storage of the streams
+  float* slot_partials;       // (2, slots, the widest sum)
 
   CoAttentionBackwardParts(
       const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l)
@@ -64,7 +66,9 @@ struct CoAttentionBackwardParts {
     bias_partials = carver.floats(l.splits * absorbed_rows);
     grad_local_qkv = carver.bytes(projected_rows * 3 * shape.width * size);
     grad_queries = carver.bytes(l.absorbed ? local_rows * l.columns * size : 0);
-    grad_tokens = carver.bytes(local_rows * token_columns(shape, l) * size);
+    grad_tokens = carver.bytes(writes_stream(l) ? 0 : local_rows * l.columns * size);
+    grad_folded_weight = carver.floats(3 * shape.width * shape.local_width);
+    grad_folded_bias = carver.floats(3 * shape.width);
     grad_absorbed = carver.floats(3 * matrix);
     grad_key_bias = carver.floats(absorbed_rows);
     grad_global_qkv = carver.bytes(global_rows * 3 * shape.width * size);
@@ -74,10 +78,8 @@ struct CoAttentionBackwardParts {
         2 * l.slots * std::max({3 * shape.width, shape.local_width, shape.global_width}));
   }
 
-  // From one row of grad_tokens to the next.
-  static int64_t token_columns(const CoAttentionShape& shape, const CoAttentionLaunch& l) {
-    return l.absorbed ? l.columns : shape.local_width;
-  }
+  // Whether the local stream's gradient is written by what computes it.
+  static bool writes_stream(const CoAttentionLaunch& l) { return !l.absorbed || l.packed; }
 };
 
 size_t co_attention_workspace(
@@ -202,7 +204,7 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
     const CoAttentionLaunch& l, cudaStream_t stream) {
   constexpr bool is_float32 = sizeof(T) == 4;
   const CoAttentionShape& shape = args.shape;
-  const CoAttentionInputs& inputs = args.inputs;
+  const CoAttentionInputs& inputs = parts.operands.inputs;
   const ParameterOffsets offsets(shape);
   const int64_t global_rows = shape.batch * shape.global_tokens;
   const int64_t local_rows = shape.batch * shape.local_tokens;
@@ -217,37 +219,29 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
       static_cast<const float*>(parts.operands.statistics), global_rows,
       static_cast<int>(shape.global_width), static_cast<T*>(args.out_global));
 
-  const auto sum_columns = [&](const void* matrix, int64_t rows, int64_t columns, int64_t to) {
-    launch_column_sums<T, false>(matrix, nullptr, nullptr, rows, columns, l, parts.slot_partials,
-        args.parameters + to, stream);
+  const auto sum_columns = [&](const void* matrix, int64_t rows, int64_t columns, float* to) {
+    launch_column_sums<T, false>(
+        matrix, nullptr, nullptr, rows, columns, l, parts.slot_partials, to, stream);
   };
+  float* sums = args.parameters;
   launch_column_sums<T, true>(parts.grad_normalized, inputs.global, parts.operands.statistics,
-      global_rows, shape.global_width, l, parts.slot_partials,
-      args.parameters + offsets.norm_weight, stream);
-  sum_columns(parts.grad_global_qkv, global_rows, 3 * shape.width, offsets.global_qkv_bias);
-  sum_columns(args.grad_local, local_rows, shape.local_width, offsets.local_proj_bias);
-  sum_columns(args.grad_global, global_rows, shape.global_width, offsets.global_proj_bias);
+      global_rows, shape.global_width, l, parts.slot_partials, sums + offsets.norm_weight, stream);
+  sum_columns(parts.grad_global_qkv, global_rows, 3 * shape.width, sums + offsets.global_qkv_bias);
+  sum_columns(args.grad_local, local_rows, shape.local_width, sums + offsets.local_proj_bias);
+  sum_columns(args.grad_global, global_rows, shape.global_width, sums + offsets.global_proj_bias);
   if (!l.absorbed) {
-    sum_columns(parts.grad_local_qkv, local_rows, 3 * shape.width, offsets.local_qkv_bias);
-    launch_linear<T>(
-        linear_transposed({parts.grad_local_qkv, is_float32}, inputs.local_qkv_weight,
-            parts.grad_tokens, is_float32, local_rows, 3 * shape.width, shape.local_width),
-        stream);
-  }
-
-  const int64_t slot_rows = std::max<int64_t>(64, divide_up(local_rows, l.slots));
-  const int64_t slots = divide_up(local_rows, slot_rows), width = shape.local_width;
-  const int64_t groups = divide_up(width, NormBackward::columns);
-  launch("co_attention_backward_affine", co_attention_backward_affine<T>,
-      {dim3{static_cast<unsigned>(groups * slots)},
-          dim3{NormBackward::columns, NormBackward::row_lanes}},
-      stream, static_cast<const T*>(parts.grad_tokens), parts.token_columns(shape, l),
-      static_cast<const T*>(inputs.local), static_cast<const T*>(args.grad_local),
-      inputs.local_scale, local_rows, static_cast<int>(width), slot_rows,
-      static_cast<T*>(args.out_local), parts.slot_partials);
-  for (int i = 0; i < 2; ++i) {
-    sum_slots(parts.slot_partials + i * slots * width, slots, width,
-        args.parameters + offsets.scale + i * width, stream);
+    sum_columns(parts.grad_local_qkv, local_rows, 3 * shape.width, parts.grad_folded_bias);
+    Linear tokens = linear_transposed({parts.grad_local_qkv, is_float32}, inputs.local_qkv_weight,
+        args.out_local, is_float32, local_rows, 3 * shape.width, shape.local_width);
+    tokens.residual = args.grad_local;
+    launch_linear<T>(tokens, stream);
+  } else if (!parts.writes_stream(l)) {
+    const int64_t values = local_rows * shape.local_width;
+    launch("co_attention_add", co_attention_add<T>,
+        {dim3{static_cast<unsigned>(divide_up(values, 256))}, dim3{256}}, stream,
+        static_cast<const T*>(parts.grad_tokens), int64_t{l.columns},
+        static_cast<const T*>(args.grad_local), local_rows, static_cast<int>(shape.local_width),
+        static_cast<T*>(args.out_local));
   }
 }
 
@@ -258,7 +252,7 @@ void backward_of_results(const CoAttentionBackward& args, const CoAttentionBackw
     const Rows& grad_local, const Rows& grad_global, cudaStream_t stream) {
   constexpr bool is_float32 = sizeof(T) == 4;
   const CoAttentionShape& shape = args.shape;
-  const CoAttentionInputs& inputs = args.inputs;
+  const CoAttentionInputs& inputs = parts.operands.inputs;
   const int64_t global_rows = shape.batch * shape.global_tokens;
   const int64_t local_rows = shape.batch * shape.local_tokens, width = shape.width;
   void* grad_attended = l.absorbed ? parts.grad_attended : parts.grad_to_global;
@@ -291,8 +285,7 @@ void backward_of_results(const CoAttentionBackward& args, const CoAttentionBackw
     results = rows_of_heads(shape, parts.unprojected, l.columns);
     launch_global<T>(global, {parts.partials, nullptr, parts.kept, results}, l, stream);
     if (l.copies_grad) {
-      launch_affine<T>(
-          args.grad_local, {}, {}, local_rows, shape.local_width, parts.grad_to_local, stream);
+      launch_pad<T>(args.grad_local, local_rows, shape.local_width, parts.grad_to_local, stream);
     }
   } else {
     launch_linear<T>(linear_transposed({args.grad_local, is_float32}, inputs.local_proj_weight,
@@ -319,10 +312,10 @@ template <typename T>
 void co_attention_backward_of(
     const CoAttentionBackward& args, const CoAttentionLaunch& l, cudaStream_t stream) {
   const CoAttentionShape& shape = args.shape;
-  const CoAttentionInputs& inputs = args.inputs;
   const CoAttentionBackwardParts parts(args, storage_of<T>, l);
   const CoAttentionOperands& operands = parts.operands;
-  prepare<T>(shape, inputs, operands, l, stream);
+  const CoAttentionInputs& inputs = operands.inputs;
+  prepare<T>(shape, args.inputs, operands, l, stream);
   const Direction local = to_local<T>(shape, inputs, operands, l);
   const Direction global = to_global<T>(shape, inputs, operands, l);
   const int64_t width = shape.width, global_rows = shape.batch * shape.global_tokens;
@@ -339,10 +332,9 @@ void co_attention_backward_of(
   const DirectionGradients of_local{grad_local, parts.local_facts, local_scale, l.absorbed};
   const DirectionGradients of_global{grad_global, parts.global_facts, scale, l.absorbed};
   const auto local_rows_of = [&](int part) {
-    return l.absorbed
-               ? result_rows(rows_of_tokens(
-                     shape, part == 0 ? parts.grad_queries : parts.grad_tokens, l.columns))
-               : result_rows(rows_of_qkv<T>(shape, parts.grad_local_qkv, shape.local_tokens, part));
+    return result_rows(l.absorbed
+                           ? rows_of_tokens(shape, parts.grad_queries, l.columns)
+                           : rows_of_qkv<T>(shape, parts.grad_local_qkv, shape.local_tokens, part));
   };
   const auto sums_of = [&](int part) { return partial_rows(shape, l, parts.partials, part); };
   launch_backward_queries<T, true>(local, of_local, l, local_rows_of(0), stream);
@@ -357,8 +349,11 @@ void co_attention_backward_of(
   DirectionGradients of_local_keys = of_global;
   of_local_keys.scale = local_scale;
   if (l.absorbed) {
-    KeyResult tokens{local_rows_of(1), local_rows_of(1), nullptr};
-    tokens.added = parts.grad_queries;
+    const bool is_stream = parts.writes_stream(l);
+    const ResultRows to = result_rows(
+        rows_of_tokens(shape, is_stream ? args.out_local : parts.grad_tokens, l.columns));
+    const KeyResult tokens{
+        to, to, nullptr, {parts.grad_queries, is_stream ? args.grad_local : nullptr}};
     launch_backward_keys<T, true, true>(global, of_local_keys, l, tokens, stream);
     const int64_t matrix = shape.heads * global_rows * l.columns;
     launch_sum(parts.partials, l.splits, 3 * matrix, parts.grad_absorbed, stream);
@@ -382,6 +377,26 @@ void co_attention_backward(const CoAttentionBackward& args, Storage storage,
       storage, [&](auto zero) { co_attention_backward_of<decltype(zero)>(args, l, stream); });
 }
 
+void co_attention_backward_projections(const CoAttentionBackward& args, Storage storage,
+    const CoAttentionLaunch& l, CUstream_st* stream) {
+  const CoAttentionShape& shape = args.shape;
+  if (shape.batch == 0) return;
+  const CoAttentionBackwardParts parts(args, storage, l);
+  const ParameterOffsets offsets(shape);
+  float* sums = args.parameters;
+  const int64_t blocks = divide_up(shape.local_width, NormBackward::columns);
+  const Grid grid{
+      dim3{static_cast<unsigned>(blocks)}, dim3{NormBackward::columns, NormBackward::row_lanes}};
+  with_storage(storage, [&](auto zero) {
+    launch("co_attention_unfold", co_attention_unfold<decltype(zero)>, grid, stream,
+        static_cast<const float*>(parts.grad_folded_weight),
+        static_cast<const float*>(parts.grad_folded_bias), args.inputs.local_qkv_weight,
+        args.inputs.local_scale, args.inputs.local_shift, static_cast<int>(3 * shape.width),
+        static_cast<int>(shape.local_width), sums + offsets.local_qkv_weight,
+        sums + offsets.local_qkv_bias, sums + offsets.scale, sums + offsets.shift);
+  });
+}
+
 std::vector<TokenProduct> co_attention_products(
     const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
   const CoAttentionShape& shape = args.shape;
@@ -399,9 +414,8 @@ std::vector<TokenProduct> co_attention_products(
       {args.grad_global, parts.attended, sums + offsets.global_proj_weight, is_float32, global_rows,
           global_width, global_width, width, width, width}};
   if (!l.absorbed) {
-    products.push_back(
-        {parts.grad_local_qkv, operands.tokens, sums + offsets.local_qkv_weight, is_float32,
-            local_rows, 3 * width, 3 * width, local_width, operands.token_row, local_width});
+    products.push_back({parts.grad_local_qkv, operands.tokens, parts.grad_folded_weight, is_float32,
+        local_rows, 3 * width, 3 * width, local_width, operands.token_row, local_width});
     products.push_back({args.grad_local, parts.to_local, sums + offsets.local_proj_weight,
         is_float32, local_rows, local_width, local_width, width, width, width});
     return products;
@@ -419,11 +433,10 @@ std::vector<TokenProduct> co_attention_products(
     const float* right_bias[3] = {parts.grad_key_bias, parts.zero, parts.kept};
     for (int part = 0; part < 3; ++part) {
       const int64_t row = part * width + head * dim;
-      products.push_back(
-          {left[part], right[part], sums + offsets.local_qkv_weight + row * local_width, true,
-              global_rows, dim, left_stride[part], local_width, l.columns, local_width});
+      products.push_back({left[part], right[part], parts.grad_folded_weight + row * local_width,
+          true, global_rows, dim, left_stride[part], local_width, l.columns, local_width});
       products.push_back({left[part], right_bias[part] + head * global_rows,
-          sums + offsets.local_qkv_bias + row, true, global_rows, dim, left_stride[part], 1, 1, 1});
+          parts.grad_folded_bias + row, true, global_rows, dim, left_stride[part], 1, 1, 1});
     }
     products.push_back({of_matrix + shape.heads * matrix, qkv + 2 * width,
         sums + offsets.local_proj_weight + head * dim, true, global_rows, local_width, l.columns,

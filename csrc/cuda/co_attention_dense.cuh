@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(128) co_attention_norm(const T* x, Parameter w
   if (lane == 0) store_global(statistics + 2 * row, Pack<float, 2>{{mean, inverse}});
 }
 
-// scale·x + shift of rows of `width` channels, zero in the channels behind, up to `padded`.
+// Rows of `width` channels, zero in the channels behind, up to `padded`.
 template <typename T>
-__global__ void __launch_bounds__(256) co_attention_affine(const T* x, Parameter scale,
-    Parameter shift, int64_t rows, int width, int padded, bool packed, T* out) {
+__global__ void __launch_bounds__(256)
+    co_attention_pad(const T* x, int64_t rows, int width, int padded, bool packed, T* out) {
   constexpr int group = 16 / sizeof(T);
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   const int64_t row = i / (padded / group);
@@ -50,13 +50,25 @@ __global__ void __launch_bounds__(256) co_attention_affine(const T* x, Parameter
       if (column + k < width) values[k] = widen(load_global<T>(from + k));
     }
   }
-#pragma unroll
-  for (int k = 0; k < group; ++k) {
-    if (column + k >= width) continue;
-    values[k] = fmaf(
-        values[k], parameter_at<T>(scale, column + k, 1), parameter_at<T>(shift, column + k, 0));
-  }
   store_global(out + row * padded + column, narrow<T>(values));
+}
+
+// The projections of scale·x + shift as those of x: W·diag(scale) in V, and b + W·shift. A warp
+// has a row of W.
+template <typename T, typename V>
+__global__ void __launch_bounds__(128) co_attention_fold(Parameter weight, Parameter bias,
+    Parameter scale, Parameter shift, int64_t rows, int width, V* folded, float* folded_bias) {
+  const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  if (row >= rows) return;
+  const int lane = lane_id();
+  float sum = 0;
+  for (int i = lane; i < width; i += 32) {
+    const float value = parameter_at<T>(weight, row * width + i, 0);
+    sum = fmaf(value, parameter_at<T>(shift, i, 0), sum);
+    store_global(folded + row * width + i, narrow(value * parameter_at<T>(scale, i, 1), V{}));
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) store_global(folded_bias + row, sum + parameter_at<T>(bias, row, 0));
 }
 
 // out = x·Wᵀ + bias + residual over rows.

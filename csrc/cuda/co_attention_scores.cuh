@@ -134,9 +134,9 @@ constexpr int queries_of_tile = sizeof(T) == 4 && column_tile > 32 ? 16 : 32;
 
 // Where the gradients of keys and values go.
 struct KeyResult {
-  ResultRows keys, values;      // with merged gradients the same
-  float* bias;                  // (splits, h, B, keys) or null
-  const void* added = nullptr;  // rows like those of keys to be added to merged gradients
+  ResultRows keys, values;    // with merged gradients the same
+  float* bias;                // (splits, h, B, keys) or null
+  const void* added[2] = {};  // rows like those of keys to be added to merged gradients, or null
 };
 
 // dK and dV of 64 keys, or where a block's registers do not hold both sums one of them. Local keys
@@ -237,9 +237,13 @@ __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
   using Result = std::conditional_t<is_local, T, float>;
   const int own_left = rows_left - warp_row;
   if constexpr (is_merged) {
-    ResultRows added = result.keys;
-    added.data = const_cast<void*>(result.added);
-    add_rows(added.at<T>(place) + warp_row * added.row, added.row, own_left, d.columns, grad_k);
+#pragma unroll
+    for (const void* rows : result.added) {
+      if (rows == nullptr) continue;
+      ResultRows added = result.keys;
+      added.data = const_cast<void*>(rows);
+      add_rows(added.at<T>(place) + warp_row * added.row, added.row, own_left, d.columns, grad_k);
+    }
   }
   if (has_k) {
     store_rows(grad_k, g.scale, result.keys.at<Result>(place) + warp_row * result.keys.row,

@@ -83,46 +83,53 @@ __global__ void __launch_bounds__(128) co_attention_backward_norm(const T* above
   }
 }
 
-// out = grad + scale·above, and of one slot's rows the sums of x·above and of above; rows of
-// `above` are above_row apart. Writes partials (2, slots, width).
+// out = grad + above, rows of `above` being above_row apart.
 template <typename T>
-__global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes, 4)
-    co_attention_backward_affine(const T* above, int64_t above_row, const T* x, const T* grad,
-        Parameter scale, int64_t rows, int width, int64_t slot_rows, T* out, float* partials) {
+__global__ void __launch_bounds__(256) co_attention_add(
+    const T* above, int64_t above_row, const T* grad, int64_t rows, int width, T* out) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i >= rows * width) return;
+  const float value = widen(load_global<T>(above + i / width * above_row + i % width));
+  store_global(out + i, narrow(value + widen(load_global<T>(grad + i)), T{}));
+}
+
+// The gradients of weight, bias, scale and shift from those of what co_attention_fold makes of
+// them.
+template <typename T>
+__global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes)
+    co_attention_unfold(const float* folded_weight, const float* folded_bias, Parameter weight,
+        Parameter scale, Parameter shift, int rows, int width, float* grad_weight, float* grad_bias,
+        float* grad_scale, float* grad_shift) {
   constexpr int block_columns = NormBackward::columns, lanes = NormBackward::row_lanes;
   __shared__ SharedArray<float, 2 * lanes * block_columns> exchange_storage;
   float* exchange = exchange_storage;
-  const auto groups = static_cast<unsigned>((width + block_columns - 1) / block_columns);
-  const int column = static_cast<int>(blockIdx.x % groups * block_columns + threadIdx.x);
-  const int64_t slot = blockIdx.x / groups, slots = gridDim.x / groups;
-  const int64_t end = (slot + 1) * slot_rows < rows ? (slot + 1) * slot_rows : rows;
+  const int column = static_cast<int>(blockIdx.x * block_columns + threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.y), x = static_cast<int>(threadIdx.x);
   float sums[2] = {};
   if (column < width) {
     const float factor = parameter_at<T>(scale, column, 1);
-#pragma unroll 4
-    for (int64_t row = slot * slot_rows + threadIdx.y; row < end; row += lanes) {
-      const float value = widen(load_global<T>(above + row * above_row + column));
-      const int64_t at = row * width + column;
-      sums[0] = fmaf(widen(load_global<T>(x + at)), value, sums[0]);
-      sums[1] += value;
-      const float result = fmaf(factor, value, widen(load_global<T>(grad + at)));
-      store_global(out + at, narrow(result, T{}));
+    const float term = parameter_at<T>(shift, column, 0);
+    for (int row = lane; row < rows; row += lanes) {
+      const int64_t at = int64_t{row} * width + column;
+      const float of_weight = load_global<float>(folded_weight + at);
+      const float of_bias = load_global<float>(folded_bias + row);
+      const float value = parameter_at<T>(weight, at, 0);
+      sums[0] = fmaf(of_weight, value, sums[0]);
+      sums[1] = fmaf(of_bias, value, sums[1]);
+      store_global(grad_weight + at, fmaf(of_weight, factor, of_bias * term));
+      if (column == 0) store_global(grad_bias + row, of_bias);
     }
   }
   for (int r = 0; r < 2; ++r) {
-    store_shared(exchange + (r * lanes + static_cast<int>(threadIdx.y)) * block_columns +
-                     static_cast<int>(threadIdx.x),
-        sums[r]);
+    store_shared(exchange + (r * lanes + lane) * block_columns + x, sums[r]);
   }
   __syncthreads();
-  const auto r = static_cast<int>(threadIdx.y);
-  if (r >= 2 || column >= width) return;
+  if (lane >= 2 || column >= width) return;
   float sum = 0;
   for (int i = 0; i < lanes; ++i) {
-    sum += load_shared<float>(
-        exchange + (r * lanes + i) * block_columns + static_cast<int>(threadIdx.x));
+    sum += load_shared<float>(exchange + (lane * lanes + i) * block_columns + x);
   }
-  store_global(partials + (r * slots + slot) * width + column, sum);
+  store_global((lane == 0 ? grad_scale : grad_shift) + column, sum);
 }
 
 }  // namespace dsnet::cuda

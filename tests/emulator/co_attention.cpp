@@ -119,5 +119,6 @@ PYBIND11_MODULE(emulator_co_attention, m) {
       "backward", [](const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
         co_attention_backward(args, storage, l, nullptr);
         for (const TokenProduct& p : co_attention_products(args, storage, l)) multiply(p, storage);
+        co_attention_backward_projections(args, storage, l, nullptr);
       });
 }

@@ -169,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   for (const cuda::TokenProduct& p : cuda::co_attention_products(args, storage, launch)) {
     sum_over_tokens(p, local);
   }
+  cuda::co_attention_backward_projections(args, storage, launch, on.stream());
   return {out_local, out_global, gradients};
 }
 
