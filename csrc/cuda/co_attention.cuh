@@ -1,8 +1,9 @@
 // Co-attention between the streams on the GPU: forward. To be included by one translation unit.
 //
-// Kernels: LayerNorm of the global tokens, their projections, those of the local tokens or the
-// absorbed matrices; attention of the local queries; attention of the global queries, in splits
-// that another kernel combines; output projections with the residuals.
+// Kernels: the local affine folded into the local projections; LayerNorm of the global tokens,
+// their projections, those of the local tokens or the absorbed matrices; attention of the local
+// queries; attention of the global queries, in splits that another kernel combines; output
+// projections with the residuals. So the absorbed form reads the local stream as it is.
 #pragma once
 
 #include "cuda/co_attention_attend.cuh"

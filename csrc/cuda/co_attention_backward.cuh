@@ -1,9 +1,10 @@
 // Co-attention between the streams on the GPU: backward. To be included by one translation unit.
 //
 // What the attention reads is computed again. The local queries attend once more, for δ and what
-// their output projection has read; absorbed, so do the global ones. Then the gradients of queries,
-// keys and values in both directions, of absorbed matrices or projections, and of the tokens. The
-// weights' gradients are sums over all tokens, left to dense products.
+// their output projection has read, and so have their softmax again; absorbed, so do the global
+// ones. Then the gradients of queries, keys and values in both directions, of absorbed matrices or
+// projections, and of the tokens. The weights' gradients are sums over all tokens, left to dense
+// products; those of the local affine follow from the gradients of what it is folded into.
 #pragma once
 
 #include "cuda/co_attention.cuh"

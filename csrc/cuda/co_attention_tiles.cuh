@@ -128,7 +128,7 @@ DSNET_DEVICE QueryFacts load_facts(const float* facts, int row, int rows) {
 template <int column_tile>
 constexpr int blocks_of_tile = column_tile > 64 ? 2 : 3;
 
-// 64 rows of `matrices` matrices to shared memory, landed.
+// 64 rows to shared memory; they land at a wait_copies.
 template <typename T, int column_tile>
 DSNET_DEVICE void copy_own_rows(T* shared, const T* rows, int64_t stride, int valid, int columns) {
   copy_rows<T, column_tile>(
