@@ -32,12 +32,12 @@ def emulator():
     return emulator_build.load("co_attention")
 
 
-def make_inputs(shape, dtype, **options):
+def make_inputs(shape, dtype, seed=0, **options):
     """Arguments by name, parameters in float32, and gradients of the streams (tokens last but one).
 
     The local stream is (B, N, Cl) as the operators take it.
     """
-    random = generator(0)
+    random = generator(seed)
     inputs = make(shape, torch.float32, random, **options)
     inputs["local"] = inputs["local"].flatten(2).mT.contiguous()
     for name in ("local", "global_"):
@@ -91,10 +91,16 @@ def run(inputs, grads, absorbed, dropout_p=0.0, dropout_seed=None, **options):
     return dict(zip(("local", "global"), outputs, strict=True)) | named, saved
 
 
-def assert_correct(inputs, grads, absorbed, *dropout, **options):
-    found, _ = run(inputs, grads, absorbed, *dropout, **options)
-    same = evaluate(inputs, grads, *dropout)
-    exact = evaluate(inputs, grads, *dropout, convert=torch.Tensor.double)
+def assert_correct(samples, absorbed, *dropout, **options):
+    """Within the budget of all samples together: by chance one of few values has little error."""
+    found, same, exact = (
+        {name: torch.stack([each[name] for each in results]) for name in results[0]}
+        for results in (
+            [run(*sample, absorbed, *dropout, **options)[0] for sample in samples],
+            [evaluate(*sample, *dropout) for sample in samples],
+            [evaluate(*sample, *dropout, convert=torch.Tensor.double) for sample in samples],
+        )
+    )
     assert_within_budget(found, same, exact, 3.0)
 
 
@@ -102,7 +108,7 @@ def assert_correct(inputs, grads, absorbed, *dropout, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_reference_in_float64(shape, dtype, absorbed):
-    assert_correct(*make_inputs(shape, dtype), absorbed)
+    assert_correct([make_inputs(shape, dtype, seed) for seed in range(2)], absorbed)
 
 
 @FORMS
@@ -111,7 +117,8 @@ def test_agrees_with_the_reference_in_float64(shape, dtype, absorbed):
     "shape", [(2, 3, 3, 9, 2, 8, 12, 8), (1, 6, 11, 67, 1, 40, 40, 8)], ids=str
 )
 def test_dropout_forward_and_backward(shape, dtype, absorbed):
-    assert_correct(*make_inputs(shape, dtype), absorbed, 0.3, torch.tensor(987654321987))
+    samples = [make_inputs(shape, dtype, seed) for seed in range(2)]
+    assert_correct(samples, absorbed, 0.3, torch.tensor(987654321987))
 
 
 @FORMS
@@ -119,7 +126,7 @@ def test_dropout_forward_and_backward(shape, dtype, absorbed):
 def test_splits_of_the_local_tokens_are_combined(dtype, absorbed):
     inputs, grads = make_inputs((1, 5, 39, 10, 2, 16, 16, 8), dtype)
     seed = torch.tensor(3)
-    assert_correct(inputs, grads, absorbed, 0.2, seed, splits=4, split_rows=64)
+    assert_correct([(inputs, grads)], absorbed, 0.2, seed, splits=4, split_rows=64)
     one = run(inputs, grads, absorbed, splits=1, split_rows=256)[1]
     several = run(inputs, grads, absorbed, splits=2, split_rows=128)[1]
     # The maximum is the same; sums and results differ by the order of additions.
@@ -164,9 +171,9 @@ def test_saved_softmax_is_maximum_and_sum(tokens, absorbed):
     torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def strongly_negative(shape, dtype):
+def strongly_negative(shape, dtype, seed):
     """Inputs whose logits are all between −500 and −100: K opposes Q along one direction."""
-    inputs, grads = make_inputs(shape, dtype)
+    inputs, grads = make_inputs(shape, dtype, seed)
     dim = inputs["local_proj_weight"].shape[1]
     # d·(−s²)/√d = −300; the projections vary it by some tens.
     size = (300 / (dim // inputs["num_heads"]) ** 0.5) ** 0.5
@@ -186,10 +193,10 @@ def strongly_negative(shape, dtype):
 )
 def test_strongly_negative_logits(shape, dtype, absorbed):
     """Padded keys with logits of 0 would take all the weight, and exp(0 − maximum) is infinite."""
-    inputs, grads = strongly_negative(shape, dtype)
-    _, (local_softmax, _, _) = run(inputs, grads, absorbed)
+    samples = [strongly_negative(shape, dtype, seed) for seed in range(2)]
+    _, (local_softmax, _, _) = run(*samples[0], absorbed)
     assert -500 < local_softmax[..., 0].min() <= local_softmax[..., 0].max() < -100
-    assert_correct(inputs, grads, absorbed)
+    assert_correct(samples, absorbed)
 
 
 @FORMS

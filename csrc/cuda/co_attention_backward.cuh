@@ -238,11 +238,10 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
     launch_linear<T>(tokens, stream);
   } else if (!parts.writes_stream(l)) {
     const int64_t values = local_rows * shape.local_width;
-    launch("co_attention_add", co_attention_add<T>,
+    launch("co_attention_unpad", co_attention_unpad<T>,
         {dim3{static_cast<unsigned>(divide_up(values, 256))}, dim3{256}}, stream,
-        static_cast<const T*>(parts.grad_tokens), int64_t{l.columns},
-        static_cast<const T*>(args.grad_local), local_rows, static_cast<int>(shape.local_width),
-        static_cast<T*>(args.out_local));
+        static_cast<const T*>(parts.grad_tokens), int64_t{l.columns}, local_rows,
+        static_cast<int>(shape.local_width), static_cast<T*>(args.out_local));
   }
 }
 
@@ -353,8 +352,7 @@ void co_attention_backward_of(
     const bool is_stream = parts.writes_stream(l);
     const ResultRows to = result_rows(
         rows_of_tokens(shape, is_stream ? args.out_local : parts.grad_tokens, l.columns));
-    const KeyResult tokens{
-        to, to, nullptr, {parts.grad_queries, is_stream ? args.grad_local : nullptr}};
+    const KeyResult tokens{to, to, nullptr, {parts.grad_queries, parts.grad_to_local}};
     launch_backward_keys<T, true, true>(global, of_local_keys, l, tokens, stream);
     const int64_t matrix = shape.heads * global_rows * l.columns;
     launch_sum(parts.partials, l.splits, 3 * matrix, parts.grad_absorbed, stream);

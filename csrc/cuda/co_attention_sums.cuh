@@ -83,14 +83,13 @@ __global__ void __launch_bounds__(128) co_attention_backward_norm(const T* above
   }
 }
 
-// out = grad + above, rows of `above` being above_row apart.
+// Rows of `width` channels from rows that are padded to `padded`.
 template <typename T>
-__global__ void __launch_bounds__(256) co_attention_add(
-    const T* above, int64_t above_row, const T* grad, int64_t rows, int width, T* out) {
+__global__ void __launch_bounds__(256)
+    co_attention_unpad(const T* x, int64_t padded, int64_t rows, int width, T* out) {
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (i >= rows * width) return;
-  const float value = widen(load_global<T>(above + i / width * above_row + i % width));
-  store_global(out + i, narrow(value + widen(load_global<T>(grad + i)), T{}));
+  store_global(out + i, load_global<T>(x + i / width * padded + i % width));
 }
 
 // The gradients of weight, bias, scale and shift from those of what co_attention_fold makes of
