@@ -48,6 +48,10 @@ def _cpu_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
     return native.cpu_can_run(local, "local") or _kernel_refusal(local, global_, **options)
 
 
+def _cuda_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
+    return native.cuda_can_run(local, "local") or _kernel_refusal(local, global_, **options)
+
+
 def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -58,8 +62,12 @@ OPERATION = register(
     Operation(
         "co_attention",
         tensors=("local", "global_"),
-        present={"cpu": native.cpu_refusal, "sdpa": lambda: None},
-        can_run={"cpu": _cpu_can_run, "sdpa": _sdpa_can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "cuda": native.cuda_refusal,
+            "sdpa": lambda: None,
+        },
+        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
     )
 )
 

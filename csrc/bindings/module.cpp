@@ -9,6 +9,7 @@
 
 #include "build_record.h"
 #include "cpu/capability.h"
+#include "cuda/co_attention.h"
 #include "cuda/depthwise_conv3x3.h"
 #include "cuda/global_attention.h"
 
@@ -54,6 +55,14 @@ std::string attention_launch(const std::array<int64_t, 3>& extents, int64_t num_
   return text(dsnet::cuda::attention_launch(args));
 }
 
+std::string co_attention_launch(
+    const std::array<int64_t, 5>& extents, int64_t num_heads, int64_t head_dim, int form) {
+  const auto [batch, local_tokens, global_tokens, local_width, global_width] = extents;
+  dsnet::cuda::CoAttentionForward args{};
+  args.shape = {batch, local_tokens, global_tokens, local_width, global_width, num_heads, head_dim};
+  return text(dsnet::cuda::co_attention_launch(args, form));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -73,6 +82,11 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "The instruction sets compiled in and on this CPU, ascending.");
+  m.def("co_attention_launch", &co_attention_launch, py::arg("shape"), py::arg("num_heads"),
+      py::arg("head_dim"), py::arg("absorbed") = -1,
+      "The GPU launch chosen for contiguous streams (B, N, M, Cl, Cg), as text; absorbed is 1, 0 "
+      "or "
+      "-1 for the form with fewer products.");
   m.def("depthwise_conv3x3_launch", &depthwise_launch, py::arg("shape"), py::arg("dtype"),
       py::arg("backward") = false,
       "The GPU launch chosen for a contiguous channels_last (B, C, H, W) of 'float32', 'bfloat16' "

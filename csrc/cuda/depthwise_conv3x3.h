@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/divide_up.h"
 #include "cuda/storage.h"
 
 struct CUstream_st;
@@ -82,8 +83,6 @@ inline std::string text(const DepthwiseLaunch& l) {
 }
 
 namespace detail {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool is_aligned(const void* data, size_t to) {
   return reinterpret_cast<uintptr_t>(data) % to == 0;

@@ -345,6 +345,23 @@ DSNET_DEVICE void store_eight(T* p, int count, bool packed, const float (&values
   }
 }
 
+// Adds neighbours in global memory to the first `count` values, likewise.
+template <typename T>
+DSNET_DEVICE void add_eight(const T* p, int count, bool packed, float (&values)[8]) {
+  if (count <= 0) return;
+  float added[8] = {};
+  if (packed) {
+    load_values(p, true, added);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) added[i] = widen(load_global<T>(p + i));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] += added[i];
+}
+
 // Copies 16 bytes to shared memory, or zeros where not `valid`; lands at a wait_copies.
 template <typename T>
 DSNET_DEVICE void copy_sixteen(T* shared, const T* global, bool valid, bool packed) {

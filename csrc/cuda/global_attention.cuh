@@ -23,9 +23,19 @@ class OnlineSoftmax {
   DSNET_DEVICE void add(const LeftRows<T, head_tile>& queries, const T* key_tile,
       const T* value_tile, int keys, const DropoutMask& mask, int first_query, int first_key) {
     constexpr int tiles = tile / 8;
-    const int lane = lane_id(), used = keys < tile ? (keys + 7) / 8 : tiles;
-    float weights[tiles][4] = {};
+    const int used = keys < tile ? (keys + 7) / 8 : tiles;
+    float weights[tiles][4] = {}, correction[2];
     multiply_transposed(queries, key_tile, used, weights);
+    weigh(weights, keys, correction);
+    if (mask.is_active()) mask.apply(mask.kept_of_queries<tiles>(first_query, first_key), weights);
+    accumulate(weights, value_tile, used);
+  }
+
+  // The logits of a tile's first `keys` keys become weights, those of the others zero. What was
+  // summed before has been multiplied by `correction`.
+  DSNET_DEVICE void weigh(float (&weights)[tile / 8][4], int keys, float (&correction)[2]) {
+    constexpr int tiles = tile / 8;
+    const int lane = lane_id();
     // The maximum is over real keys only.
     if (keys < tile) {
 #pragma unroll
@@ -45,14 +55,14 @@ class OnlineSoftmax {
       }
       max = warp_max(max, 4);
       // Logits that are all minus infinity so far: of these, none may become NaN.
-      const float offset = max == -INFINITY ? 0.0f : max * scale2_;
-      const float correction = exp2_approx(fmaf(max_[half], scale2_, -offset));
+      const float offset = max == -INFINITY ? 0.0f : binary_units(max);
+      correction[half] = exp2_approx(binary_units(max_[half]) - offset);
       max_[half] = max;
-      sum_[half] *= correction;
+      sum_[half] *= correction[half];
 #pragma unroll
       for (int t = 0; t < head_tile / 8; ++t) {
-        out_[t][2 * half] *= correction;
-        out_[t][2 * half + 1] *= correction;
+        out_[t][2 * half] *= correction[half];
+        out_[t][2 * half + 1] *= correction[half];
       }
 #pragma unroll
       for (int t = 0; t < tiles; ++t) {
@@ -63,9 +73,18 @@ class OnlineSoftmax {
         }
       }
     }
-    if (mask.is_active()) mask.apply(mask.kept_of_queries<tiles>(first_query, first_key), weights);
+  }
+
+  // Adds the weighted values of the tile's first `used` groups of eight.
+  DSNET_DEVICE void accumulate(const float (&weights)[tile / 8][4], const T* value_tile, int used) {
     multiply_result<T>(weights, value_tile, used, out_);
   }
+
+  // Of row lane/4 + 8·half: the maximum of the logits, and after the last tile the sum of the
+  // weights relative to it; the weighted values, not yet divided by that.
+  DSNET_DEVICE float max(int half) const { return max_[half] * scale_; }
+  DSNET_DEVICE float sum(int half) const { return warp_sum(sum_[half], 4); }
+  DSNET_DEVICE const float (&out() const)[head_tile / 8][4] { return out_; }
 
   // Adds x of the head's columns, and writes these and the sums' logarithms; `rows` tokens are
   // real.
@@ -75,8 +94,7 @@ class OnlineSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half;
-      const float sum = warp_sum(sum_[half], 4);
-      const float inverse = 1.0f / sum;
+      const float sum = this->sum(half), inverse = 1.0f / sum;
 #pragma unroll
       for (int group = 0; group < head_tile / 32; ++group) {
         float values[8];
@@ -90,12 +108,15 @@ class OnlineSoftmax {
         store_eight(out + row * stride + column, values);
       }
       if (row < rows && lane % 4 == 0) {
-        store_global(lse + row, fmaf(max_[half], scale_, logf(sum)));
+        store_global(lse + row, max(half) + logf(sum));
       }
     }
   }
 
  private:
+  // Rounded twice, so that who has the maximum alone has the same offset.
+  DSNET_DEVICE float binary_units(float max) const { return max * scale_ * log2_e; }
+
   float scale_, scale2_;  // of logits, in natural and binary units
   float max_[2] = {-INFINITY, -INFINITY};
   float sum_[2] = {};

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/philox.h"
+#include "cuda/divide_up.h"
 #include "cuda/storage.h"
 
 struct CUstream_st;
@@ -124,7 +125,6 @@ inline AttentionLaunch attention_launch_for(const AttentionShape& shape, bool pa
     throw std::invalid_argument(
         "x: expected at most 2147483647 tokens, got " + std::to_string(shape.tokens));
   }
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionLaunch l;
   // Limits: the keys of one tile, and the head dimension that a fused block keeps in registers.
   l.fused = shape.tokens <= AttentionLaunch::block_rows && shape.head_dim <= 32;

@@ -265,10 +265,13 @@ DSNET_DEVICE void project(NormalizedRows<T>& rows, const AttentionInputs& inputs
 class DropoutMask {
  public:
   DSNET_DEVICE DropoutMask(const Dropout& dropout, const HeadPlace& place)
+      : DropoutMask(dropout, place.image, place.head) {}
+
+  DSNET_DEVICE DropoutMask(const Dropout& dropout, int64_t image, int head)
       : threshold_(dropout.threshold),
         kept_scale_(dropout.kept_scale),
-        head_(static_cast<uint32_t>(place.head)),
-        image_(static_cast<uint32_t>(place.image)) {
+        head_(static_cast<uint32_t>(head)),
+        image_(static_cast<uint32_t>(image)) {
     if (is_active()) seed_ = load_global<uint64_t>(dropout.seed);
   }
 

@@ -16,6 +16,12 @@ void with_storage(Storage storage, const Body& body) {
   }
 }
 
+// Of a storage type.
+template <typename T>
+constexpr Storage storage_of = std::is_same_v<T, float>           ? Storage::float32
+                               : std::is_same_v<T, __nv_bfloat16> ? Storage::bfloat16
+                                                                  : Storage::float16;
+
 DSNET_DEVICE float widen(float value) { return value; }
 DSNET_DEVICE float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 DSNET_DEVICE float widen(__half value) { return __half2float(value); }

@@ -2,19 +2,10 @@
 // backward, registration.
 #include "cuda/global_attention.h"
 
-#include <array>
-
-#include "bindings/cuda/launch.h"
+#include "bindings/cuda/dense.h"
 
 namespace dsnet {
 namespace {
-
-using torch::headeronly::toString;
-
-void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
-  check(tensor.scalar_type() == dtype, name, ": expected ", toString(dtype), ", got ",
-      toString(tensor.scalar_type()));
-}
 
 // Everything that both directions read, alive as long as this is.
 class Inputs {
@@ -50,26 +41,6 @@ class Inputs {
   OptionalTensor seed_;
   cuda::Dropout dropout_;
 };
-
-// out = a·b in out's dtype: a and b's, or float32. Variants with `out` are no concern of autocast,
-// which would change the dtype; they take no tensors that require a gradient.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 1> detached{from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::detach", "", detached.data(), TORCH_ABI_VERSION));
-  if (out.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), detached[0], from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-    return;
-  }
-  std::array<StableIValue, 4> stack{from(a), detached[0], from(out.scalar_type()), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 }  // namespace
 
