@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, operators
+from . import checks, operators, triton
 from .backends import Operation, register, select
 from .reference import upsample_concat as reference
 
@@ -25,7 +25,18 @@ def _kernel_refusal(local: Tensor, global_: Tensor) -> str | None:
     return None
 
 
-OPERATION = register(Operation("upsample_concat", tensors=("local", "global_")))
+def _triton_can_run(local: Tensor, global_: Tensor) -> str | None:
+    return triton.can_run(local, "local") or _kernel_refusal(local, global_)
+
+
+OPERATION = register(
+    Operation(
+        "upsample_concat",
+        tensors=("local", "global_"),
+        present={"triton": lambda: triton.REFUSAL},
+        can_run={"triton": _triton_can_run},
+    )
+)
 
 NATIVE, TRITON = "upsample_concat", "upsample_concat_triton"
 """Names of the raw operators; that of the gradient ends in ``_backward``."""
@@ -61,6 +72,9 @@ for _name in (NATIVE, TRITON):
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("upsample_concat")
 
 
 class _UpsampleConcat(torch.autograd.Function):
