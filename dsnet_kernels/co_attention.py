@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, operators
+from . import checks, operators, triton
 from .backends import Operation, register, select
 from .reference import co_attention as reference
 from .reference.co_attention import co_attend
@@ -44,6 +44,10 @@ def _kernel_refusal(
     return checks.head_dim_refusal(local_proj_weight.shape[1] // num_heads)
 
 
+def _triton_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
+    return triton.can_run(local, "local") or _kernel_refusal(local, global_, **options)
+
+
 def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -54,8 +58,8 @@ OPERATION = register(
     Operation(
         "co_attention",
         tensors=("local", "global_"),
-        present={"sdpa": lambda: None},
-        can_run={"sdpa": _sdpa_can_run},
+        present={"triton": lambda: triton.REFUSAL, "sdpa": lambda: None},
+        can_run={"triton": _triton_can_run, "sdpa": _sdpa_can_run},
     )
 )
 
@@ -124,6 +128,9 @@ for _name in (NATIVE, TRITON):
         " -> (Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("co_attention")
 
 
 class _CoAttention(torch.autograd.Function):
