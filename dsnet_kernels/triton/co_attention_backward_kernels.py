@@ -1,0 +1,622 @@
+"""The backward kernels of ``co_attention`` in Triton.
+
+Weights are recomputed from the saved maximum and sum of each softmax, and dS = P∘(dP − delta) with
+delta the sum of P∘dP over a row. A program of local tokens goes over the global ones and leaves the
+gradients of the local rows, and delta and the weights' sum of its softmax, with which a program of
+global tokens then goes over a split of the local ones. Forms and names are those of the forward;
+beside the operands of its two products there is what dP comes from: the gradient of the local
+result with the values U, and that of the global result, R, with the local values.
+"""
+
+import triton
+import triton.language as tl
+
+from .co_attention_kernels import inner_products, load_block
+from .common_kernels import exp_logits, keep_mask, parameter
+
+_NUMBERS = ["tokens", "global_tokens", "threshold"]
+
+
+@triton.jit
+def _local_weights(
+    p_queries,
+    p_grad,
+    p_keys,
+    p_key_bias,
+    p_values,
+    b_max,
+    i_n,
+    i_m,
+    tokens,
+    global_tokens,
+    seed,
+    i_image,
+    i_head,
+    local_scale,
+    local_shift,
+    threshold,
+    scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOCAL_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,
+    GLOBAL_STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOCAL_FIRST: tl.constexpr,
+):
+    """exp(S − maximum) of local queries, the same after dropout, and dP."""
+    dtype: tl.constexpr = p_queries.dtype.element_ty
+    b_s = inner_products(
+        p_queries,
+        i_n,
+        tokens,
+        local_scale,
+        local_shift,
+        p_keys,
+        i_m,
+        global_tokens,
+        LOCAL_STRIDE,
+        GLOBAL_STRIDE,
+        WIDTH,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        LOCAL_FIRST,
+    )
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    m_m = o_m < global_tokens
+    m_m = m_m[None, :] if LOCAL_FIRST else m_m[:, None]
+    if p_key_bias is not None:
+        b_bias = tl.load(p_key_bias + o_m * HEADS, mask=o_m < global_tokens, other=0)
+        b_s += b_bias[None, :] if LOCAL_FIRST else b_bias[:, None]
+    b_s = tl.where(m_m, b_s, float("-inf"))
+    b_p = exp_logits(b_s, b_max[:, None] if LOCAL_FIRST else b_max[None, :], scale, dtype)
+    b_dp = inner_products(
+        p_grad,
+        i_n,
+        tokens,
+        None,
+        None,
+        p_values,
+        i_m,
+        global_tokens,
+        GRAD_STRIDE,
+        GLOBAL_STRIDE,
+        WIDTH,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        LOCAL_FIRST,
+    )
+    b_kept = b_p
+    if seed is not None:
+        b_keep = keep_mask(seed, i_image, i_head, i_n, i_m, threshold, BLOCK_N, BLOCK_M)
+        b_keep = b_keep if LOCAL_FIRST else tl.trans(b_keep)
+        b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+        b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
+    return b_p, b_kept, b_dp
+
+
+@triton.jit
+def _global_weights(
+    p_keys,
+    p_values,
+    p_queries,
+    p_grad,
+    p_softmax,
+    p_delta,
+    p_constant,
+    i_n,
+    i_m,
+    tokens,
+    global_tokens,
+    seed,
+    i_image,
+    i_head,
+    local_scale,
+    local_shift,
+    threshold,
+    scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOCAL_STRIDE: tl.constexpr,
+    GLOBAL_STRIDE: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LOCAL_FIRST: tl.constexpr,
+):
+    """P of global queries after dropout, and dS without its factor 1/√d."""
+    dtype: tl.constexpr = p_keys.dtype.element_ty
+    b_s = inner_products(
+        p_keys,
+        i_n,
+        tokens,
+        local_scale,
+        local_shift,
+        p_queries,
+        i_m,
+        global_tokens,
+        LOCAL_STRIDE,
+        GLOBAL_STRIDE,
+        WIDTH,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        LOCAL_FIRST,
+    )
+    b_dp = inner_products(
+        p_values,
+        i_n,
+        tokens,
+        local_scale,
+        local_shift,
+        p_grad,
+        i_m,
+        global_tokens,
+        LOCAL_STRIDE,
+        GRAD_STRIDE,
+        WIDTH,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        LOCAL_FIRST,
+    )
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    m_m = o_m < global_tokens
+    m_n = i_n + tl.arange(0, BLOCK_N) < tokens
+    # A query that does not exist has the maximum ∞, so P = 0.
+    b_max = tl.load(p_softmax + o_m * 2, mask=m_m, other=float("inf"))
+    b_inverse = 1 / tl.load(p_softmax + o_m * 2 + 1, mask=m_m, other=1)
+    b_delta = tl.load(p_delta + o_m * HEADS, mask=m_m, other=0)
+    b_constant = tl.zeros([BLOCK_M], tl.float32)
+    if p_constant is not None:
+        b_constant = tl.load(p_constant + o_m * HEADS, mask=m_m, other=0)
+    if LOCAL_FIRST:
+        b_max, b_inverse, b_delta = b_max[None, :], b_inverse[None, :], b_delta[None, :]
+        b_constant, m_n = b_constant[None, :], m_n[:, None]
+    else:
+        b_max, b_inverse, b_delta = b_max[:, None], b_inverse[:, None], b_delta[:, None]
+        b_constant, m_n = b_constant[:, None], m_n[None, :]
+    b_p = exp_logits(tl.where(m_n, b_s, float("-inf")), b_max, scale, dtype) * b_inverse
+    b_dp += b_constant
+    b_kept = b_p
+    if seed is not None:
+        b_keep = keep_mask(seed, i_image, HEADS + i_head, i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+        b_keep = tl.trans(b_keep) if LOCAL_FIRST else b_keep
+        b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+        b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
+    return b_kept, b_p * (b_dp - b_delta)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def co_attention_grad_local(
+    grad,  # (B, N, Cl), of the new stream, or None where heads are separate
+    grad_heads,  # (B, N, …), of the local result
+    queries,  # (B, N, …)
+    local_keys,  # (B, N, …)
+    local_values,  # (B, N, …)
+    local_scale,  # (Cl) or None
+    local_shift,  # (Cl) or None
+    keys,  # (B, M, …)
+    key_bias,  # (B, M, h) or None
+    values,  # (B, M, …)
+    global_queries,  # (B, M, …)
+    grad_global,  # (B, M, …), of the global result
+    local_softmax,  # (B, h, N, 2)
+    global_softmax,  # (B, h, M, 2)
+    delta,  # (B, M, h), of the global queries
+    constant,  # (B, M, h), added to their dP, or None
+    seed,  # () or None
+    statistics,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
+    attended,  # (B, N, dim), what the local queries attended to, or None
+    out,  # grad_local (B, N, Cl), or (B, N, 3·dim)
+    partial,  # (B·blocks of N, 3, Cl): Σ x∘dT, Σ dT, Σ grad; or None
+    tokens,  # N
+    global_tokens,  # M
+    threshold,
+    scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    SUMMED_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOCAL_STRIDE: tl.constexpr,
+    LOCAL_STEP: tl.constexpr,
+    GLOBAL_STRIDE: tl.constexpr,
+    GLOBAL_STEP: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,  # of the local result and its gradient
+    OUT_STEP: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,  # of grad_global
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of a block of local rows, summed over heads and uses, or dQ, dK, dV of a head."""
+    CHUNKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    GROUPS: tl.constexpr = HEADS // SUMMED_HEADS
+    dtype: tl.constexpr = queries.dtype.element_ty
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    i_c = tl.program_id(0) % CHUNKS * BLOCK_D
+    i_n = tl.program_id(0) // CHUNKS % blocks * BLOCK_N
+    i_image = (tl.program_id(0) // CHUNKS // blocks // GROUPS).to(tl.int64)
+    i_group = tl.program_id(0) // CHUNKS // blocks % GROUPS
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    m_n = o_n < tokens
+    o_c = i_c + tl.arange(0, BLOCK_D)
+    m = m_n[:, None] & (o_c < WIDTH)[None, :]
+
+    # Absorbed, all three gradients are of the same rows and gather in the first.
+    b_dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in range(SUMMED_HEADS):
+        i_head = i_group * SUMMED_HEADS + i
+        o_local = i_image * tokens * LOCAL_STRIDE + i_head * LOCAL_STEP
+        o_global = i_image * global_tokens * GLOBAL_STRIDE + i_head * GLOBAL_STEP
+        p_grad = grad_heads + i_image * tokens * OUT_STRIDE + i_head * OUT_STEP
+        p_grad_global = grad_global + i_image * global_tokens * GRAD_STRIDE + i_head * WIDTH
+        o_row = i_image * HEADS + i_head
+        o_scalar = i_image * global_tokens * HEADS + i_head
+        p_key_bias = None
+        if key_bias is not None:
+            p_key_bias = key_bias + o_scalar
+        p_constant = None
+        if constant is not None:
+            p_constant = constant + o_scalar
+        p_softmax = local_softmax + (o_row * tokens + o_n) * 2
+        # A query that does not exist has the maximum ∞, so P = 0.
+        b_max = tl.load(p_softmax, mask=m_n, other=float("inf"))
+        b_sum = tl.zeros([BLOCK_N], tl.float32)
+        b_delta = tl.zeros([BLOCK_N], tl.float32)
+        b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        b_inverse = tl.zeros([BLOCK_N], tl.float32)
+        for PASS in tl.static_range(2):
+            for i_m in range(0, global_tokens, BLOCK_M):
+                b_p, b_kept, b_dp = _local_weights(
+                    queries + o_local,
+                    p_grad,
+                    keys + o_global,
+                    p_key_bias,
+                    values + o_global,
+                    b_max,
+                    i_n,
+                    i_m,
+                    tokens,
+                    global_tokens,
+                    seed,
+                    i_image,
+                    i_head,
+                    local_scale,
+                    local_shift,
+                    threshold,
+                    scale,
+                    keep_scale,
+                    HEADS,
+                    WIDTH,
+                    LOCAL_STRIDE,
+                    OUT_STRIDE,
+                    GLOBAL_STRIDE,
+                    BLOCK_N,
+                    BLOCK_M,
+                    BLOCK_D,
+                    LOCAL_FIRST=True,
+                )
+                if PASS == 0:
+                    b_sum += tl.sum(b_p, 1)
+                    b_delta += tl.sum(b_p * b_dp, 1)
+                    if attended is not None:
+                        b_v = load_block(
+                            values + o_global,
+                            i_m,
+                            global_tokens,
+                            i_c,
+                            None,
+                            None,
+                            GLOBAL_STRIDE,
+                            WIDTH,
+                            BLOCK_M,
+                            BLOCK_D,
+                        )
+                        b_out = tl.dot(b_kept.to(dtype), b_v, b_out, input_precision="ieee")
+                else:
+                    b_ds = b_p * (b_dp - b_delta[:, None]) * (b_inverse * scale)[:, None]
+                    b_k = load_block(
+                        keys + o_global,
+                        i_m,
+                        global_tokens,
+                        i_c,
+                        None,
+                        None,
+                        GLOBAL_STRIDE,
+                        WIDTH,
+                        BLOCK_M,
+                        BLOCK_D,
+                    )
+                    b_dq = tl.dot(b_ds.to(dtype), b_k, b_dq, input_precision="ieee")
+                    b_kept, b_ds = _global_weights(
+                        local_keys + o_local,
+                        local_values + o_local,
+                        global_queries + o_global,
+                        p_grad_global,
+                        global_softmax + o_row * global_tokens * 2,
+                        delta + o_scalar,
+                        p_constant,
+                        i_n,
+                        i_m,
+                        tokens,
+                        global_tokens,
+                        seed,
+                        i_image,
+                        i_head,
+                        local_scale,
+                        local_shift,
+                        threshold,
+                        scale,
+                        keep_scale,
+                        HEADS,
+                        WIDTH,
+                        LOCAL_STRIDE,
+                        GLOBAL_STRIDE,
+                        GRAD_STRIDE,
+                        BLOCK_N,
+                        BLOCK_M,
+                        BLOCK_D,
+                        LOCAL_FIRST=True,
+                    )
+                    b_ds = (b_ds * scale).to(dtype)
+                    b_q = load_block(
+                        global_queries + o_global,
+                        i_m,
+                        global_tokens,
+                        i_c,
+                        None,
+                        None,
+                        GLOBAL_STRIDE,
+                        WIDTH,
+                        BLOCK_M,
+                        BLOCK_D,
+                    )
+                    b_g = load_block(
+                        p_grad_global,
+                        i_m,
+                        global_tokens,
+                        i_c,
+                        None,
+                        None,
+                        GRAD_STRIDE,
+                        WIDTH,
+                        BLOCK_M,
+                        BLOCK_D,
+                    )
+                    if grad is not None:
+                        b_dq = tl.dot(b_ds, b_q, b_dq, input_precision="ieee")
+                        b_dq = tl.dot(b_kept.to(dtype), b_g, b_dq, input_precision="ieee")
+                    else:
+                        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+                        b_dv = tl.dot(b_kept.to(dtype), b_g, b_dv, input_precision="ieee")
+            if PASS == 0:
+                b_sum = tl.where(m_n, b_sum, 1.0)
+                b_delta = tl.div_rn(b_delta, b_sum)
+                b_inverse = 1 / b_sum
+        p_statistics = statistics + (o_row * tokens + o_n) * 2
+        tl.store(p_statistics, b_delta, mask=m_n & (i_c == 0))
+        tl.store(p_statistics + 1, b_inverse, mask=m_n & (i_c == 0))
+        if attended is not None:
+            o_out = (i_image * tokens + o_n)[:, None] * OUT_STRIDE + i_head * OUT_STEP
+            tl.store(attended + o_out + o_c[None, :], (b_out * b_inverse[:, None]).to(dtype), mask=m)
+
+    if grad is not None:
+        o_x = (i_image * tokens + o_n)[:, None] * WIDTH + o_c[None, :]
+        b_x = tl.load(queries + o_x, mask=m, other=0).to(tl.float32)
+        b_grad = tl.load(grad + o_x, mask=m, other=0).to(tl.float32)
+        b_result = b_grad + b_dq * parameter(local_scale, o_c, o_c < WIDTH, 1.0)
+        tl.store(out + o_x, b_result.to(dtype), mask=m)
+        p_partial = partial + (i_image * blocks + i_n // BLOCK_N) * 3 * WIDTH + o_c
+        tl.store(p_partial, tl.sum(b_x * b_dq, 0), mask=o_c < WIDTH)
+        tl.store(p_partial + WIDTH, tl.sum(b_dq, 0), mask=o_c < WIDTH)
+        tl.store(p_partial + 2 * WIDTH, tl.sum(b_grad, 0), mask=o_c < WIDTH)
+    else:
+        p_out = out + (i_image * tokens + o_n)[:, None] * LOCAL_STRIDE
+        p_out += i_group * LOCAL_STEP + o_c[None, :]
+        tl.store(p_out, b_dq.to(dtype), mask=m)
+        tl.store(p_out + HEADS * WIDTH, b_dk.to(dtype), mask=m)
+        tl.store(p_out + 2 * HEADS * WIDTH, b_dv.to(dtype), mask=m)
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, "splits", "images"])
+def co_attention_grad_global(
+    grad_heads,  # (B, N, …), of the local result
+    queries,  # (B, N, …)
+    local_keys,  # (B, N, …)
+    local_values,  # (B, N, …)
+    local_scale,  # (Cl) or None
+    local_shift,  # (Cl) or None
+    keys,  # (B, M, …)
+    key_bias,  # (B, M, h) or None
+    values,  # (B, M, …)
+    global_queries,  # (B, M, …)
+    grad_global,  # (B, M, …), of the global result
+    local_softmax,  # (B, h, N, 2)
+    global_softmax,  # (B, h, M, 2)
+    delta,  # (B, M, h), of the global queries
+    constant,  # (B, M, h), added to their dP, or None
+    seed,  # () or None
+    statistics,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
+    partial,  # (splits, UNITS, B, M, h, WIDTH): dG, dA, dU and, absorbed, R
+    partial_sums,  # (splits, 2, B, M, h): da, and the kept weights' sum; or None
+    images,  # B
+    tokens,  # N
+    global_tokens,  # M
+    splits,
+    threshold,
+    scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOCAL_STRIDE: tl.constexpr,
+    LOCAL_STEP: tl.constexpr,
+    GLOBAL_STRIDE: tl.constexpr,
+    GLOBAL_STEP: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,  # of the local result and its gradient
+    OUT_STEP: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,  # of grad_global
+    UNITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of a block of a head's global rows over a split of the local tokens."""
+    CHUNKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    dtype: tl.constexpr = queries.dtype.element_ty
+    i_c = tl.program_id(0) % CHUNKS * BLOCK_D
+    i_rest = tl.program_id(0) // CHUNKS
+    i_m = i_rest % tl.cdiv(global_tokens, BLOCK_M) * BLOCK_M
+    i_rest //= tl.cdiv(global_tokens, BLOCK_M)
+    i_split = (i_rest % splits).to(tl.int64)
+    i_head = i_rest // splits % HEADS
+    i_image = (i_rest // splits // HEADS).to(tl.int64)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    o_local = i_image * tokens * LOCAL_STRIDE + i_head * LOCAL_STEP
+    o_global = i_image * global_tokens * GLOBAL_STRIDE + i_head * GLOBAL_STEP
+    p_grad = grad_heads + i_image * tokens * OUT_STRIDE + i_head * OUT_STEP
+    p_grad_global = grad_global + i_image * global_tokens * GRAD_STRIDE + i_head * WIDTH
+    o_row = i_image * HEADS + i_head
+    o_scalar = i_image * global_tokens * HEADS + i_head
+    p_key_bias = None
+    if key_bias is not None:
+        p_key_bias = key_bias + o_scalar
+    p_constant = None
+    if constant is not None:
+        p_constant = constant + o_scalar
+
+    b_queries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_keys = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_values = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_rows = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_key_bias = tl.zeros([BLOCK_M], tl.float32)
+    b_kept_sum = tl.zeros([BLOCK_M], tl.float32)
+    extent = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
+    i_begin = (i_split * extent).to(tl.int32)
+    for i_n in range(i_begin, tl.minimum(i_begin + extent, tokens), BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < tokens
+        o_query = (o_row * tokens + o_n) * 2
+        b_max = tl.load(local_softmax + o_query, mask=m_n, other=float("inf"))
+        b_delta = tl.load(statistics + o_query, mask=m_n, other=0)
+        b_inverse = tl.load(statistics + o_query + 1, mask=m_n, other=0)
+        b_p, b_kept, b_dp = _local_weights(
+            queries + o_local,
+            p_grad,
+            keys + o_global,
+            p_key_bias,
+            values + o_global,
+            b_max,
+            i_n,
+            i_m,
+            tokens,
+            global_tokens,
+            seed,
+            i_image,
+            i_head,
+            local_scale,
+            local_shift,
+            threshold,
+            scale,
+            keep_scale,
+            HEADS,
+            WIDTH,
+            LOCAL_STRIDE,
+            OUT_STRIDE,
+            GLOBAL_STRIDE,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            LOCAL_FIRST=False,
+        )
+        b_ds = b_p * (b_dp - b_delta[None, :]) * (b_inverse * scale)[None, :]
+        b_kept = b_kept * b_inverse[None, :]
+        b_key_bias += tl.sum(b_ds, 1)
+        b_q = load_block(
+            queries + o_local,
+            i_n,
+            tokens,
+            i_c,
+            local_scale,
+            local_shift,
+            LOCAL_STRIDE,
+            WIDTH,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        b_keys = tl.dot(b_ds.to(dtype), b_q, b_keys, input_precision="ieee")
+        b_g = load_block(
+            p_grad, i_n, tokens, i_c, None, None, OUT_STRIDE, WIDTH, BLOCK_N, BLOCK_D
+        )
+        b_values = tl.dot(b_kept.to(dtype), b_g, b_values, input_precision="ieee")
+        b_kept, b_ds = _global_weights(
+            local_keys + o_local,
+            local_values + o_local,
+            global_queries + o_global,
+            p_grad_global,
+            global_softmax + o_row * global_tokens * 2,
+            delta + o_scalar,
+            p_constant,
+            i_n,
+            i_m,
+            tokens,
+            global_tokens,
+            seed,
+            i_image,
+            i_head,
+            local_scale,
+            local_shift,
+            threshold,
+            scale,
+            keep_scale,
+            HEADS,
+            WIDTH,
+            LOCAL_STRIDE,
+            GLOBAL_STRIDE,
+            GRAD_STRIDE,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            LOCAL_FIRST=False,
+        )
+        b_k = load_block(
+            local_keys + o_local,
+            i_n,
+            tokens,
+            i_c,
+            local_scale,
+            local_shift,
+            LOCAL_STRIDE,
+            WIDTH,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        b_queries = tl.dot((b_ds * scale).to(dtype), b_k, b_queries, input_precision="ieee")
+        if UNITS == 4:
+            # Absorbed, the local values are the same rows as the keys.
+            b_rows = tl.dot(b_kept.to(dtype), b_k, b_rows, input_precision="ieee")
+            b_kept_sum += tl.sum(b_kept, 1)
+
+    o_c = i_c + tl.arange(0, BLOCK_D)
+    m_m = o_m < global_tokens
+    m = m_m[:, None] & (o_c < WIDTH)[None, :]
+    rows = images.to(tl.int64) * global_tokens * HEADS
+    o_row = (i_image * global_tokens + o_m) * HEADS + i_head
+    p_partial = partial + (i_split * UNITS * rows + o_row)[:, None] * WIDTH + o_c[None, :]
+    tl.store(p_partial, b_queries, mask=m)
+    tl.store(p_partial + rows * WIDTH, b_keys, mask=m)
+    tl.store(p_partial + 2 * rows * WIDTH, b_values, mask=m)
+    if UNITS == 4:
+        tl.store(p_partial + 3 * rows * WIDTH, b_rows, mask=m)
+        p_sums = partial_sums + i_split * 2 * rows + o_row
+        tl.store(p_sums, b_key_bias, mask=m_m & (i_c == 0))
+        tl.store(p_sums + rows, b_kept_sum, mask=m_m & (i_c == 0))
