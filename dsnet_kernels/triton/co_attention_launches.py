@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from . import can_run
+from .co_attention_backward_kernels import co_attention_grad_local
+from .co_attention_grad_global_kernels import co_attention_grad_global
 from .co_attention_kernels import (
     co_attention_combine,
     co_attention_to_global,
@@ -58,6 +60,14 @@ class Problem:
     def global_projection(self) -> NormLinear:
         rows = self.batch * self.global_tokens
         return NormLinear(rows, self.global_width, 3 * self.dim, self.dtype)
+
+    @property
+    def parameter_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of PARAMETERS."""
+        of_global, of_local, dim = (self.global_width,), (self.local_width,), self.dim
+        qkv = ((3 * dim, *of_local), (3 * dim,), (3 * dim, *of_global), (3 * dim,))
+        proj = ((*of_local, dim), of_local, (*of_global, dim), of_global)
+        return (of_global, of_global, *qkv, *proj, of_local, of_local)
 
     @property
     def summed_heads(self) -> int:
@@ -129,6 +139,28 @@ def combine_launch(p: Problem) -> Launch:
     return Launch(co_attention_combine, programs, constants, warps=4, stages=1)
 
 
+def _backward_tile(p: Problem) -> tuple[int, int, int]:
+    """As of the forward, with four results in the registers."""
+    if p.narrow:
+        return 32, block(p.global_tokens, 32), block(p.width, 64)
+    return 16, block(p.global_tokens, 16), block(p.width, 32)
+
+
+def grad_local_launch(p: Problem) -> Launch:
+    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps=4)
+    launch.constants["GRAD_STRIDE"] = p.heads * p.width
+    return launch
+
+
+def grad_global_launch(p: Problem) -> tuple[Launch, int]:
+    """With the number of splits."""
+    launch, splits = _global_launch(p, co_attention_grad_global, _backward_tile(p), warps=4)
+    of_output = {name: p.of_output[name] for name in ("OUT_STRIDE", "OUT_STEP")}
+    units = {"GRAD_STRIDE": p.heads * p.width, "UNITS": 4 if p.absorbed else 3}
+    launch.constants.update(of_output | units)
+    return launch, splits
+
+
 PARAMETERS = (
     "global_norm_weight",
     "global_norm_bias",
@@ -143,6 +175,9 @@ PARAMETERS = (
     "local_scale",
     "local_shift",
 )
+
+GLOBAL_PARAMETERS = (*PARAMETERS[:2], *PARAMETERS[4:6])
+"""Of the LayerNorm and the projection of the global tokens."""
 
 
 def check(
@@ -175,10 +210,9 @@ def check(
     if checks.head_dim_refusal(head_dim) is not None:
         expected = "expected heads of 8, 16, … 128 channels"
         raise ValueError(f"num_heads: {expected}, got {num_heads} of {head_dim}")
-    of_global, of_local, three = (global_width,), (local_width,), (3 * dim,)
-    shapes = (of_global, of_global, (*three, local_width), three, (*three, global_width), three)
-    shapes += ((local_width, dim), of_local, (global_width, dim), of_global, of_local, of_local)
-    for name, shape in zip(PARAMETERS, shapes, strict=True):
+    sizes = (batch, tokens, global_tokens, local_width, global_width, num_heads, head_dim)
+    p = Problem(*sizes, local.dtype, absorbed)
+    for name, shape in zip(PARAMETERS, p.parameter_shapes, strict=True):
         given = checks.optional_shape if name in PARAMETERS[-2:] else checks.shape
         given(name, parameters[name], shape)
     checks.parameters("local", local, **parameters)
@@ -186,5 +220,4 @@ def check(
     checks.seed("seed", seed, "local", local)
     if dropout_p > 0 and seed is None:
         raise ValueError(f"seed: expected a tensor beside dropout_p = {dropout_p}, got None")
-    sizes = (batch, tokens, global_tokens, local_width, global_width, num_heads, head_dim)
-    return Problem(*sizes, local.dtype, absorbed)
+    return p
