@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from dsnet_kernels.triton import co_attention_launches as co_attention
 from dsnet_kernels.triton import depthwise_conv3x3 as depthwise
 from dsnet_kernels.triton import global_attention as attention
 from dsnet_kernels.triton import norm_linear, products
@@ -37,7 +38,8 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESOURCES = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": "LOCAL"}
 
 SIZES = {"tokens", "threshold", "rows", "slots", "pixels", "height", "width"}
-SIZES |= {"coarse_height", "coarse_width", "size", "coarse", "inner"}
+SIZES |= {"coarse_height", "coarse_width", "size", "coarse", "inner", "images", "splits"}
+SIZES |= {"global_tokens"}
 FLOATS = ("eps", "scale", "keep_scale", "factor")
 
 Resources = dict[str, int]
@@ -82,6 +84,12 @@ def cases() -> Iterator[Case]:
     for dtype, kind in TYPES.items():
         for width in (64, 17):
             yield from _upsample(dtype, kind, width)
+        yield from _co_attention(dtype, kind, 3136, 1, absorbed=True)
+        yield from _co_attention(dtype, kind, 784, 2, absorbed=True)
+        yield from _co_attention(dtype, kind, 196, 5, absorbed=False)
+    yield from _co_attention(torch.bfloat16, "bf16", 3136, 1, absorbed=True, dropout=True)
+    yield from _co_attention(torch.bfloat16, "bf16", 196, 8, absorbed=True)
+    yield from _co_attention(torch.bfloat16, "bf16", 196, 3, absorbed=True, width=17)
 
 
 def _attention(
@@ -154,6 +162,39 @@ def _upsample(dtype: torch.dtype, kind: str, width: int) -> Iterator[Case]:
     yield _launched(launch, suffix, {"x": kind, "out": kind}, absent)
     launch, _ = products.transposed_launch(mixed, local, mixed, dtype)
     yield _launched(launch, suffix, {"y": kind})
+
+
+def _co_attention(
+    dtype: torch.dtype,
+    kind: str,
+    tokens: int,
+    heads: int,
+    absorbed: bool,
+    width: int = 0,
+    global_tokens: int = 49,
+    dropout: bool = False,
+) -> Iterator[Case]:
+    """What 64 images take whose local stream has ``width`` channels, by default dim = 32·heads."""
+    width = width or 32 * heads
+    p = co_attention.Problem(64, tokens, global_tokens, width, width, heads, 32, dtype, absorbed)
+    form = "absorbed" if absorbed else "projected"
+    suffix = f"{kind} C={width} {form}{' dropout' if dropout else ''}"
+    streams = ("queries", "keys", "values", "residual", "out", "grad", "grad_heads", "local_keys")
+    streams += ("local_values", "global_queries", "grad_global", "attended")
+    pointers = dict.fromkeys(streams, kind) | {"seed": "i64"}
+    absent = () if dropout else ("seed",)
+    absent += ("attended",) if absorbed else ("local_scale", "local_shift", "key_bias", "residual")
+    absent += () if absorbed else ("bias", "grad", "constant", "partial_sums")
+    for launch in (
+        co_attention.to_local_launch(p),
+        co_attention.to_global_launch(p)[0],
+        co_attention.global_sums_launch(p)[0],
+        co_attention.grad_local_launch(p),
+        co_attention.grad_global_launch(p)[0],
+    ):
+        yield _launched(launch, suffix, pointers, absent)
+    combine = co_attention.combine_launch(p)
+    yield _launched(combine, suffix, {})
 
 
 def _depthwise(

@@ -12,6 +12,7 @@ from .co_attention_launches import (
     GLOBAL_PARAMETERS,
     PARAMETERS,
     Problem,
+    global_sums_launch,
     grad_global_launch,
     grad_local_launch,
 )
@@ -61,22 +62,41 @@ def _attention_gradients(
     o: Operands,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     softmaxes: tuple[Tensor, Tensor],
-    attended: Tensor,
     value_bias: Tensor,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Of the local rows and the global ones, by the two kernels.
+    """Of the local rows and the global ones, by the three kernels.
 
     Returns grad_local or (B, N, 3·dim), projected what the local queries attend to, absorbed sums
     (3, Cl) of x∘dT, dT and grad_local; of the global rows (units, B, M, h·width) and, absorbed,
     (2, B, M, h) of the key bias and of the kept weights.
     """
     grad_local, grad_heads, grad_rows, grad_attended = grads
+    local_softmax, global_softmax = softmaxes
     local = o.local[0]
-    delta = _sum_over_head(p, grad_attended * attended)
+    rows, sizes = (p.batch, p.global_tokens, p.heads), (p.tokens, p.global_tokens)
+    numbers_ = (threshold(dropout_p), *numbers(p, dropout_p))
     constant = _sum_over_head(p, grad_attended * value_bias) if p.absorbed else None
-    statistics = _empty(local, p.batch, p.heads, p.tokens, 2)
+
+    launch, splits = global_sums_launch(p)
+    partial = _empty(local, splits, 2, *rows)
+    launch(
+        *o.local[1:],
+        *o.affine,
+        o.to_global,
+        grad_rows,
+        global_softmax,
+        constant,
+        seed,
+        partial,
+        p.batch,
+        *sizes,
+        splits,
+        *numbers_,
+    )
+    delta, total = partial.sum(0)
+    local_sums = _empty(local, p.batch, p.heads, p.tokens, 2)
     inputs = (
         grad_heads,
         *o.local,
@@ -86,14 +106,13 @@ def _attention_gradients(
         o.to_local[1],
         o.to_global,
         grad_rows,
-        *softmaxes,
-        delta,
+        local_softmax,
+        global_softmax,
+        torch.stack([delta / total, 1 / total]),
         constant,
         seed,
-        statistics,
+        local_sums,
     )
-    sizes = (p.tokens, p.global_tokens)
-    numbers_ = (threshold(dropout_p), *numbers(p, dropout_p))
 
     launch = grad_local_launch(p)
     if p.absorbed:
@@ -104,11 +123,10 @@ def _attention_gradients(
         out = grad_local.new_empty((p.batch, p.tokens, 3 * p.dim))
         attended_local, partial = grad_local.new_empty((p.batch, p.tokens, p.dim)), None
     stream = grad_local if p.absorbed else None
-    launch(stream, *inputs, attended_local, out, partial, *sizes, *numbers_)
+    launch(stream, *inputs, attended_local, out, partial, p.batch, *sizes, *numbers_)
     sums = None if partial is None else partial.sum(0)
 
     launch, splits = grad_global_launch(p)
-    rows = (p.batch, p.global_tokens, p.heads)
     partial = _empty(local, splits, launch.constants["UNITS"], *rows[:2], p.heads * p.width)
     partial_sums = _empty(local, splits, 2, *rows) if p.absorbed else None
     launch(*inputs, partial, partial_sums, p.batch, *sizes, splits, *numbers_)
@@ -234,7 +252,6 @@ def backward(
             o,
             (grad_local, grad_heads, grad_rows, grad_attended),
             tuple(softmaxes),
-            attended,
             weights["local_qkv_bias"][2 * p.dim :],
             dropout_p,
             seed,

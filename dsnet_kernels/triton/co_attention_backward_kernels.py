@@ -1,11 +1,14 @@
-"""The backward kernels of ``co_attention`` in Triton.
+"""What the backward kernels of ``co_attention`` in Triton share, and that of the local rows.
 
-Weights are recomputed from the saved maximum and sum of each softmax, and dS = P∘(dP − delta) with
-delta the sum of P∘dP over a row. A program of local tokens goes over the global ones and leaves the
-gradients of the local rows, and delta and the weights' sum of its softmax, with which a program of
-global tokens then goes over a split of the local ones. Forms and names are those of the forward;
-beside the operands of its two products there is what dP comes from: the gradient of the local
-result with the values U, and that of the global result, R, with the local values.
+P = exp(S − maximum)/Σ is recomputed from the saved maximum, and dS = P∘(dP − delta) with delta the
+sum of P∘dP over a row. Both sums are those of the weights as recomputed, so that dS adds up to zero
+as it should: the saved ones are rounded differently, by what grows with the logits. Hence three
+kernels: the sums of the global queries over the local tokens; the gradients of the local rows, over
+the global tokens, with the sums of the local queries on the way; those of the global rows.
+
+Forms and names are those of the forward. Beside the operands of its two products there is what dP
+comes from: the gradient of the local result with the values U, and that of the global result, R,
+with the local values.
 """
 
 import triton
@@ -18,13 +21,14 @@ _NUMBERS = ["tokens", "global_tokens", "threshold"]
 
 
 @triton.jit
-def local_weights(
-    p_queries,
-    p_grad,
-    p_keys,
-    p_key_bias,
-    p_values,
-    b_max,
+def recompute(
+    p_local,  # rows whose products are S
+    p_global,
+    p_local_grad,  # rows whose products are dP
+    p_global_grad,
+    p_bias,  # of each global token, added to S, or None
+    p_constant,  # of each global token, added to dP, or None
+    b_max,  # of the queries
     i_n,
     i_m,
     tokens,
@@ -40,22 +44,30 @@ def local_weights(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     LOCAL_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,
     GLOBAL_STRIDE: tl.constexpr,
+    LOCAL_GRAD_STRIDE: tl.constexpr,
+    GLOBAL_GRAD_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LOCAL_QUERIES: tl.constexpr,
     LOCAL_FIRST: tl.constexpr,
 ):
-    """exp(S − maximum) of local queries, the same after dropout, and dP."""
-    dtype: tl.constexpr = p_queries.dtype.element_ty
+    """exp(S − maximum), the same after dropout, and dP: (BLOCK_N, BLOCK_M), or else transposed.
+
+    A query that does not exist has the maximum ∞, so that its weights are 0.
+    """
+    dtype: tl.constexpr = p_local.dtype.element_ty
+    grad_scale, grad_shift = None, None
+    if not LOCAL_QUERIES:
+        grad_scale, grad_shift = local_scale, local_shift
     b_s = inner_products(
-        p_queries,
+        p_local,
         i_n,
         tokens,
         local_scale,
         local_shift,
-        p_keys,
+        p_global,
         i_m,
         global_tokens,
         LOCAL_STRIDE,
@@ -66,135 +78,55 @@ def local_weights(
         BLOCK_D,
         LOCAL_FIRST,
     )
-    o_m = i_m + tl.arange(0, BLOCK_M)
-    m_m = o_m < global_tokens
-    m_m = m_m[None, :] if LOCAL_FIRST else m_m[:, None]
-    if p_key_bias is not None:
-        b_bias = tl.load(p_key_bias + o_m * HEADS, mask=o_m < global_tokens, other=0)
-        b_s += b_bias[None, :] if LOCAL_FIRST else b_bias[:, None]
-    b_s = tl.where(m_m, b_s, float("-inf"))
-    b_p = exp_logits(b_s, b_max[:, None] if LOCAL_FIRST else b_max[None, :], scale, dtype)
     b_dp = inner_products(
-        p_grad,
+        p_local_grad,
         i_n,
         tokens,
-        None,
-        None,
-        p_values,
+        grad_scale,
+        grad_shift,
+        p_global_grad,
         i_m,
         global_tokens,
-        GRAD_STRIDE,
-        GLOBAL_STRIDE,
+        LOCAL_GRAD_STRIDE,
+        GLOBAL_GRAD_STRIDE,
         WIDTH,
         BLOCK_N,
         BLOCK_M,
         BLOCK_D,
         LOCAL_FIRST,
     )
+    LOCAL_AXIS: tl.constexpr = 0 if LOCAL_FIRST else 1
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    m_m = o_m < global_tokens
+    m_n = i_n + tl.arange(0, BLOCK_N) < tokens
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + o_m * HEADS, mask=m_m, other=0)
+        b_s += tl.expand_dims(b_bias, LOCAL_AXIS)
+    if p_constant is not None:
+        b_constant = tl.load(p_constant + o_m * HEADS, mask=m_m, other=0)
+        b_dp += tl.expand_dims(b_constant, LOCAL_AXIS)
+    if LOCAL_QUERIES:
+        m_key = tl.expand_dims(m_m, LOCAL_AXIS)
+        b_max = tl.expand_dims(b_max, 1 - LOCAL_AXIS)
+    else:
+        m_key = tl.expand_dims(m_n, 1 - LOCAL_AXIS)
+        b_max = tl.expand_dims(b_max, LOCAL_AXIS)
+    # Masked before exp2: 0 − maximum of a key that does not exist may overflow.
+    b_p = exp_logits(tl.where(m_key, b_s, float("-inf")), b_max, scale, dtype)
     b_kept = b_p
     if seed is not None:
-        b_keep = keep_mask(seed, i_image, i_head, i_n, i_m, threshold, BLOCK_N, BLOCK_M)
-        b_keep = b_keep if LOCAL_FIRST else tl.trans(b_keep)
+        if LOCAL_QUERIES:
+            b_keep = keep_mask(seed, i_image, i_head, i_n, i_m, threshold, BLOCK_N, BLOCK_M)
+        else:
+            i_mask = HEADS + i_head
+            b_keep = keep_mask(seed, i_image, i_mask, i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+        b_keep = b_keep if LOCAL_QUERIES == LOCAL_FIRST else tl.trans(b_keep)
         b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
         b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
     return b_p, b_kept, b_dp
 
 
-@triton.jit
-def global_weights(
-    p_keys,
-    p_values,
-    p_queries,
-    p_grad,
-    p_softmax,
-    p_delta,
-    p_constant,
-    i_n,
-    i_m,
-    tokens,
-    global_tokens,
-    seed,
-    i_image,
-    i_head,
-    local_scale,
-    local_shift,
-    threshold,
-    scale,
-    keep_scale,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LOCAL_STRIDE: tl.constexpr,
-    GLOBAL_STRIDE: tl.constexpr,
-    GRAD_STRIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LOCAL_FIRST: tl.constexpr,
-):
-    """P of global queries after dropout, and dS without its factor 1/√d."""
-    dtype: tl.constexpr = p_keys.dtype.element_ty
-    b_s = inner_products(
-        p_keys,
-        i_n,
-        tokens,
-        local_scale,
-        local_shift,
-        p_queries,
-        i_m,
-        global_tokens,
-        LOCAL_STRIDE,
-        GLOBAL_STRIDE,
-        WIDTH,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        LOCAL_FIRST,
-    )
-    b_dp = inner_products(
-        p_values,
-        i_n,
-        tokens,
-        local_scale,
-        local_shift,
-        p_grad,
-        i_m,
-        global_tokens,
-        LOCAL_STRIDE,
-        GRAD_STRIDE,
-        WIDTH,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        LOCAL_FIRST,
-    )
-    o_m = i_m + tl.arange(0, BLOCK_M)
-    m_m = o_m < global_tokens
-    m_n = i_n + tl.arange(0, BLOCK_N) < tokens
-    # A query that does not exist has the maximum ∞, so P = 0.
-    b_max = tl.load(p_softmax + o_m * 2, mask=m_m, other=float("inf"))
-    b_inverse = 1 / tl.load(p_softmax + o_m * 2 + 1, mask=m_m, other=1)
-    b_delta = tl.load(p_delta + o_m * HEADS, mask=m_m, other=0)
-    b_constant = tl.zeros([BLOCK_M], tl.float32)
-    if p_constant is not None:
-        b_constant = tl.load(p_constant + o_m * HEADS, mask=m_m, other=0)
-    if LOCAL_FIRST:
-        b_max, b_inverse, b_delta = b_max[None, :], b_inverse[None, :], b_delta[None, :]
-        b_constant, m_n = b_constant[None, :], m_n[:, None]
-    else:
-        b_max, b_inverse, b_delta = b_max[:, None], b_inverse[:, None], b_delta[:, None]
-        b_constant, m_n = b_constant[:, None], m_n[None, :]
-    b_p = exp_logits(tl.where(m_n, b_s, float("-inf")), b_max, scale, dtype) * b_inverse
-    b_dp += b_constant
-    b_kept = b_p
-    if seed is not None:
-        b_keep = keep_mask(seed, i_image, HEADS + i_head, i_m, i_n, threshold, BLOCK_M, BLOCK_N)
-        b_keep = tl.trans(b_keep) if LOCAL_FIRST else b_keep
-        b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-        b_kept = tl.where(b_keep, b_p * keep_scale, 0.0)
-    return b_kept, b_p * (b_dp - b_delta)
-
-
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=[*_NUMBERS, "images"])
 def co_attention_grad_local(
     grad,  # (B, N, Cl), of the new stream, or None where heads are separate
     grad_heads,  # (B, N, …), of the local result
@@ -208,15 +140,16 @@ def co_attention_grad_local(
     values,  # (B, M, …)
     global_queries,  # (B, M, …)
     grad_global,  # (B, M, …), of the global result
-    local_softmax,  # (B, h, N, 2)
+    local_softmax,  # (B, h, N, 2): maximum, sum
     global_softmax,  # (B, h, M, 2)
-    delta,  # (B, M, h), of the global queries
-    constant,  # (B, M, h), added to their dP, or None
+    global_sums,  # (2, B, M, h): delta and 1/Σ exp(S − maximum)
+    constant,  # (B, M, h), added to the global queries' dP, or None
     seed,  # () or None
-    statistics,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
+    local_sums,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
     attended,  # (B, N, dim), what the local queries attended to, or None
     out,  # grad_local (B, N, Cl), or (B, N, 3·dim)
     partial,  # (B·blocks of N, 3, Cl): Σ x∘dT, Σ dT, Σ grad; or None
+    images,  # B
     tokens,  # N
     global_tokens,  # M
     threshold,
@@ -250,6 +183,8 @@ def co_attention_grad_local(
     o_c = i_c + tl.arange(0, BLOCK_D)
     m = m_n[:, None] & (o_c < WIDTH)[None, :]
 
+    rows = images.to(tl.int64) * global_tokens * HEADS
+
     # Absorbed, all three gradients are of the same rows and gather in the first.
     b_dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -277,12 +212,13 @@ def co_attention_grad_local(
         b_inverse = tl.zeros([BLOCK_N], tl.float32)
         for PASS in tl.static_range(2):
             for i_m in range(0, global_tokens, BLOCK_M):
-                b_p, b_kept, b_dp = local_weights(
+                b_p, b_kept, b_dp = recompute(
                     queries + o_local,
-                    p_grad,
                     keys + o_global,
-                    p_key_bias,
+                    p_grad,
                     values + o_global,
+                    p_key_bias,
+                    None,
                     b_max,
                     i_n,
                     i_m,
@@ -299,11 +235,13 @@ def co_attention_grad_local(
                     HEADS,
                     WIDTH,
                     LOCAL_STRIDE,
+                    GLOBAL_STRIDE,
                     OUT_STRIDE,
                     GLOBAL_STRIDE,
                     BLOCK_N,
                     BLOCK_M,
                     BLOCK_D,
+                    LOCAL_QUERIES=True,
                     LOCAL_FIRST=True,
                 )
                 if PASS == 0:
@@ -338,14 +276,21 @@ def co_attention_grad_local(
                         BLOCK_D,
                     )
                     b_dq = tl.dot(b_ds.to(dtype), b_k, b_dq, input_precision="ieee")
-                    b_kept, b_ds = global_weights(
+                    o_m = i_m + tl.arange(0, BLOCK_M)
+                    m_m = o_m < global_tokens
+                    p_sums = global_sums + o_scalar + o_m * HEADS
+                    b_global_delta = tl.load(p_sums, mask=m_m, other=0)
+                    b_global_inverse = tl.load(p_sums + rows, mask=m_m, other=0)
+                    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+                    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
+                    b_p, b_kept, b_dp = recompute(
                         local_keys + o_local,
-                        local_values + o_local,
                         global_queries + o_global,
+                        local_values + o_local,
                         p_grad_global,
-                        global_softmax + o_row * global_tokens * 2,
-                        delta + o_scalar,
+                        None,
                         p_constant,
+                        b_global_max,
                         i_n,
                         i_m,
                         tokens,
@@ -362,13 +307,17 @@ def co_attention_grad_local(
                         WIDTH,
                         LOCAL_STRIDE,
                         GLOBAL_STRIDE,
+                        LOCAL_STRIDE,
                         GRAD_STRIDE,
                         BLOCK_N,
                         BLOCK_M,
                         BLOCK_D,
+                        LOCAL_QUERIES=False,
                         LOCAL_FIRST=True,
                     )
-                    b_ds = (b_ds * scale).to(dtype)
+                    b_p *= b_global_inverse[None, :]
+                    b_kept *= b_global_inverse[None, :]
+                    b_ds = (b_p * (b_dp - b_global_delta[None, :]) * scale).to(dtype)
                     b_q = load_block(
                         global_queries + o_global,
                         i_m,
@@ -403,9 +352,9 @@ def co_attention_grad_local(
                 b_sum = tl.where(m_n, b_sum, 1.0)
                 b_delta = tl.div_rn(b_delta, b_sum)
                 b_inverse = 1 / b_sum
-        p_statistics = statistics + (o_row * tokens + o_n) * 2
-        tl.store(p_statistics, b_delta, mask=m_n & (i_c == 0))
-        tl.store(p_statistics + 1, b_inverse, mask=m_n & (i_c == 0))
+        p_sums = local_sums + (o_row * tokens + o_n) * 2
+        tl.store(p_sums, b_delta, mask=m_n & (i_c == 0))
+        tl.store(p_sums + 1, b_inverse, mask=m_n & (i_c == 0))
         if attended is not None:
             o_out = (i_image * tokens + o_n)[:, None] * OUT_STRIDE + i_head * OUT_STEP
             tl.store(

@@ -1,18 +1,114 @@
-"""The backward kernel of ``co_attention`` in Triton that goes over the local tokens.
+"""The backward kernels of ``co_attention`` in Triton for the global rows.
 
-It comes after that of ``co_attention_backward_kernels``, whose statistics it reads.
+A program owns a block of a head's global tokens and goes over a split of the local ones; each split
+has as many blocks, but the last.
 """
 
 import triton
 import triton.language as tl
 
-from .co_attention_backward_kernels import global_weights, local_weights
+from .co_attention_backward_kernels import recompute
 from .co_attention_kernels import load_block
 
-_NUMBERS = ["tokens", "global_tokens", "threshold"]
+_NUMBERS = ["images", "tokens", "global_tokens", "splits", "threshold"]
 
 
-@triton.jit(do_not_specialize=[*_NUMBERS, "splits", "images"])
+@triton.jit(do_not_specialize=_NUMBERS)
+def co_attention_global_sums(
+    local_keys,  # (B, N, …)
+    local_values,  # (B, N, …)
+    local_scale,  # (Cl) or None
+    local_shift,  # (Cl) or None
+    global_queries,  # (B, M, …)
+    grad_global,  # (B, M, …), of the global result
+    global_softmax,  # (B, h, M, 2): maximum, sum
+    constant,  # (B, M, h), added to the global queries' dP, or None
+    seed,  # () or None
+    partial,  # (splits, 2, B, M, h)
+    images,  # B
+    tokens,  # N
+    global_tokens,  # M
+    splits,
+    threshold,
+    scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOCAL_STRIDE: tl.constexpr,
+    LOCAL_STEP: tl.constexpr,
+    GLOBAL_STRIDE: tl.constexpr,
+    GLOBAL_STEP: tl.constexpr,
+    GRAD_STRIDE: tl.constexpr,  # of grad_global
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Σ P∘dP and Σ P of the global queries, both times the sum of the weights."""
+    i_m = tl.program_id(0) % tl.cdiv(global_tokens, BLOCK_M) * BLOCK_M
+    i_rest = tl.program_id(0) // tl.cdiv(global_tokens, BLOCK_M)
+    i_split = (i_rest % splits).to(tl.int64)
+    i_head = i_rest // splits % HEADS
+    i_image = (i_rest // splits // HEADS).to(tl.int64)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    m_m = o_m < global_tokens
+    o_local = i_image * tokens * LOCAL_STRIDE + i_head * LOCAL_STEP
+    o_global = i_image * global_tokens * GLOBAL_STRIDE + i_head * GLOBAL_STEP
+    o_row = i_image * HEADS + i_head
+    o_scalar = i_image * global_tokens * HEADS + i_head
+    p_grad_global = grad_global + i_image * global_tokens * GRAD_STRIDE + i_head * WIDTH
+    p_constant = None
+    if constant is not None:
+        p_constant = constant + o_scalar
+    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
+
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_delta = tl.zeros([BLOCK_M], tl.float32)
+    extent = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
+    i_begin = (i_split * extent).to(tl.int32)
+    for i_n in range(i_begin, tl.minimum(i_begin + extent, tokens), BLOCK_N):
+        b_p, _, b_dp = recompute(
+            local_keys + o_local,
+            global_queries + o_global,
+            local_values + o_local,
+            p_grad_global,
+            None,
+            p_constant,
+            b_global_max,
+            i_n,
+            i_m,
+            tokens,
+            global_tokens,
+            seed,
+            i_image,
+            i_head,
+            local_scale,
+            local_shift,
+            threshold,
+            scale,
+            keep_scale,
+            HEADS,
+            WIDTH,
+            LOCAL_STRIDE,
+            GLOBAL_STRIDE,
+            LOCAL_STRIDE,
+            GRAD_STRIDE,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            LOCAL_QUERIES=False,
+            LOCAL_FIRST=False,
+        )
+        b_sum += tl.sum(b_p, 1)
+        b_delta += tl.sum(b_p * b_dp, 1)
+
+    rows = images.to(tl.int64) * global_tokens * HEADS
+    p_partial = partial + i_split * 2 * rows + o_scalar + o_m * HEADS
+    tl.store(p_partial, b_delta, mask=m_m)
+    tl.store(p_partial + rows, b_sum, mask=m_m)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def co_attention_grad_global(
     grad_heads,  # (B, N, …), of the local result
     queries,  # (B, N, …)
@@ -25,12 +121,12 @@ def co_attention_grad_global(
     values,  # (B, M, …)
     global_queries,  # (B, M, …)
     grad_global,  # (B, M, …), of the global result
-    local_softmax,  # (B, h, N, 2)
+    local_softmax,  # (B, h, N, 2): maximum, sum
     global_softmax,  # (B, h, M, 2)
-    delta,  # (B, M, h), of the global queries
-    constant,  # (B, M, h), added to their dP, or None
+    global_sums,  # (2, B, M, h): delta and 1/Σ exp(S − maximum)
+    constant,  # (B, M, h), added to the global queries' dP, or None
     seed,  # () or None
-    statistics,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
+    local_sums,  # (B, h, N, 2): delta and 1/Σ exp(S − maximum)
     partial,  # (splits, UNITS, B, M, h, WIDTH): dG, dA, dU and, absorbed, R
     partial_sums,  # (splits, 2, B, M, h): da, and the kept weights' sum; or None
     images,  # B
@@ -54,7 +150,7 @@ def co_attention_grad_global(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of a block of a head's global rows over a split of the local tokens."""
+    """dG, dA, dU and what belongs to them."""
     CHUNKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     dtype: tl.constexpr = queries.dtype.element_ty
     i_c = tl.program_id(0) % CHUNKS * BLOCK_D
@@ -70,6 +166,7 @@ def co_attention_grad_global(
     p_grad = grad_heads + i_image * tokens * OUT_STRIDE + i_head * OUT_STEP
     p_grad_global = grad_global + i_image * global_tokens * GRAD_STRIDE + i_head * WIDTH
     o_row = i_image * HEADS + i_head
+    rows = images.to(tl.int64) * global_tokens * HEADS
     o_scalar = i_image * global_tokens * HEADS + i_head
     p_key_bias = None
     if key_bias is not None:
@@ -77,6 +174,13 @@ def co_attention_grad_global(
     p_constant = None
     if constant is not None:
         p_constant = constant + o_scalar
+
+    m_m = o_m < global_tokens
+    p_sums = global_sums + o_scalar + o_m * HEADS
+    b_global_delta = tl.load(p_sums, mask=m_m, other=0)
+    b_global_inverse = tl.load(p_sums + rows, mask=m_m, other=0)
+    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
 
     b_queries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_keys = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -91,14 +195,15 @@ def co_attention_grad_global(
         m_n = o_n < tokens
         o_query = (o_row * tokens + o_n) * 2
         b_max = tl.load(local_softmax + o_query, mask=m_n, other=float("inf"))
-        b_delta = tl.load(statistics + o_query, mask=m_n, other=0)
-        b_inverse = tl.load(statistics + o_query + 1, mask=m_n, other=0)
-        b_p, b_kept, b_dp = local_weights(
+        b_delta = tl.load(local_sums + o_query, mask=m_n, other=0)
+        b_inverse = tl.load(local_sums + o_query + 1, mask=m_n, other=0)
+        b_p, b_kept, b_dp = recompute(
             queries + o_local,
-            p_grad,
             keys + o_global,
-            p_key_bias,
+            p_grad,
             values + o_global,
+            p_key_bias,
+            None,
             b_max,
             i_n,
             i_m,
@@ -115,11 +220,13 @@ def co_attention_grad_global(
             HEADS,
             WIDTH,
             LOCAL_STRIDE,
+            GLOBAL_STRIDE,
             OUT_STRIDE,
             GLOBAL_STRIDE,
             BLOCK_N,
             BLOCK_M,
             BLOCK_D,
+            LOCAL_QUERIES=True,
             LOCAL_FIRST=False,
         )
         b_ds = b_p * (b_dp - b_delta[None, :]) * (b_inverse * scale)[None, :]
@@ -140,14 +247,14 @@ def co_attention_grad_global(
         b_keys = tl.dot(b_ds.to(dtype), b_q, b_keys, input_precision="ieee")
         b_g = load_block(p_grad, i_n, tokens, i_c, None, None, OUT_STRIDE, WIDTH, BLOCK_N, BLOCK_D)
         b_values = tl.dot(b_kept.to(dtype), b_g, b_values, input_precision="ieee")
-        b_kept, b_ds = global_weights(
+        b_p, b_kept, b_dp = recompute(
             local_keys + o_local,
-            local_values + o_local,
             global_queries + o_global,
+            local_values + o_local,
             p_grad_global,
-            global_softmax + o_row * global_tokens * 2,
-            delta + o_scalar,
+            None,
             p_constant,
+            b_global_max,
             i_n,
             i_m,
             tokens,
@@ -164,12 +271,17 @@ def co_attention_grad_global(
             WIDTH,
             LOCAL_STRIDE,
             GLOBAL_STRIDE,
+            LOCAL_STRIDE,
             GRAD_STRIDE,
             BLOCK_N,
             BLOCK_M,
             BLOCK_D,
+            LOCAL_QUERIES=False,
             LOCAL_FIRST=False,
         )
+        b_p *= b_global_inverse[:, None]
+        b_kept *= b_global_inverse[:, None]
+        b_ds = b_p * (b_dp - b_global_delta[:, None]) * scale
         b_k = load_block(
             local_keys + o_local,
             i_n,
@@ -182,16 +294,14 @@ def co_attention_grad_global(
             BLOCK_N,
             BLOCK_D,
         )
-        b_queries = tl.dot((b_ds * scale).to(dtype), b_k, b_queries, input_precision="ieee")
+        b_queries = tl.dot(b_ds.to(dtype), b_k, b_queries, input_precision="ieee")
         if UNITS == 4:
             # Absorbed, the local values are the same rows as the keys.
             b_rows = tl.dot(b_kept.to(dtype), b_k, b_rows, input_precision="ieee")
             b_kept_sum += tl.sum(b_kept, 1)
 
     o_c = i_c + tl.arange(0, BLOCK_D)
-    m_m = o_m < global_tokens
     m = m_m[:, None] & (o_c < WIDTH)[None, :]
-    rows = images.to(tl.int64) * global_tokens * HEADS
     o_row = (i_image * global_tokens + o_m) * HEADS + i_head
     p_partial = partial + (i_split * UNITS * rows + o_row)[:, None] * WIDTH + o_c[None, :]
     tl.store(p_partial, b_queries, mask=m)

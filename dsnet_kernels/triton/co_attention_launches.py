@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from . import can_run
 from .co_attention_backward_kernels import co_attention_grad_local
-from .co_attention_grad_global_kernels import co_attention_grad_global
+from .co_attention_grad_global_kernels import co_attention_global_sums, co_attention_grad_global
 from .co_attention_kernels import (
     co_attention_combine,
     co_attention_to_global,
@@ -102,11 +102,11 @@ def _local_launch(p: Problem, kernel: Any, tile: tuple[int, int, int], warps: in
 
 
 def _global_launch(
-    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int
+    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, chunks: int = 0
 ) -> tuple[Launch, int]:
     """With the number of splits: two programs for each multiprocessor, but no empty split."""
     block_n, block_m, block_d = tile
-    chunks = triton.cdiv(p.width, block_d)
+    chunks = chunks or triton.cdiv(p.width, block_d)
     programs = p.batch * p.heads * triton.cdiv(p.global_tokens, block_m) * chunks
     blocks = triton.cdiv(p.tokens, block_n)
     wanted = min(SPLITS, blocks, triton.cdiv(2 * MULTIPROCESSORS, programs))
@@ -123,12 +123,12 @@ def _forward_tile(p: Problem) -> tuple[int, int, int]:
 
 
 def to_local_launch(p: Problem) -> Launch:
-    return _local_launch(p, co_attention_to_local, _forward_tile(p), warps=4)
+    return _local_launch(p, co_attention_to_local, _forward_tile(p), 4 if p.narrow else 8)
 
 
 def to_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    return _global_launch(p, co_attention_to_global, _forward_tile(p), warps=4)
+    return _global_launch(p, co_attention_to_global, _forward_tile(p), 4 if p.narrow else 8)
 
 
 def combine_launch(p: Problem) -> Launch:
@@ -147,14 +147,23 @@ def _backward_tile(p: Problem) -> tuple[int, int, int]:
 
 
 def grad_local_launch(p: Problem) -> Launch:
-    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps=4)
+    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps=8)
     launch.constants["GRAD_STRIDE"] = p.heads * p.width
     return launch
 
 
+def global_sums_launch(p: Problem) -> tuple[Launch, int]:
+    """With the number of splits."""
+    launch, splits = _global_launch(
+        p, co_attention_global_sums, _backward_tile(p), warps=8, chunks=1
+    )
+    launch.constants["GRAD_STRIDE"] = p.heads * p.width
+    return launch, splits
+
+
 def grad_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    launch, splits = _global_launch(p, co_attention_grad_global, _backward_tile(p), warps=4)
+    launch, splits = _global_launch(p, co_attention_grad_global, _backward_tile(p), warps=8)
     of_output = {name: p.of_output[name] for name in ("OUT_STRIDE", "OUT_STEP")}
     units = {"GRAD_STRIDE": p.heads * p.width, "UNITS": 4 if p.absorbed else 3}
     launch.constants.update(of_output | units)
