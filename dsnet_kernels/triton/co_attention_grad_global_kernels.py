@@ -190,7 +190,10 @@ def co_attention_grad_global(
     b_kept_sum = tl.zeros([BLOCK_M], tl.float32)
     extent = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
     i_begin = (i_split * extent).to(tl.int32)
-    for i_n in range(i_begin, tl.minimum(i_begin + extent, tokens), BLOCK_N):
+    i_end = tl.minimum(i_begin + extent, tokens)
+    # In float32 registers do not hold the global rows beside the sums.
+    HOIST: tl.constexpr = dtype.primitive_bitwidth == 16
+    for i_n in tl.range(i_begin, i_end, BLOCK_N, disable_licm=not HOIST):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < tokens
         o_query = (o_row * tokens + o_n) * 2

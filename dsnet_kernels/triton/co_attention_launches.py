@@ -23,6 +23,10 @@ SPLITS = 32
 """Parts of the local tokens whose sums are combined, at most."""
 
 
+REGISTERS = 255
+"""All that a thread can have: without a limit the assembler spills for the sake of occupancy."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """The shape of a call and the form it is computed in."""
@@ -50,6 +54,11 @@ class Problem:
     def narrow(self) -> bool:
         """Whether the streams have 16 bits, for tensor cores."""
         return self.dtype.itemsize == 2
+
+    @property
+    def stages(self) -> int:
+        """Of loops; float32 has no registers for the addresses of the next stage."""
+        return 2 if self.narrow else 1
 
     @property
     def local_projection(self) -> NormLinear:
@@ -98,7 +107,8 @@ def _local_launch(p: Problem, kernel: Any, tile: tuple[int, int, int], warps: in
     chunks = triton.cdiv(p.width, block_d)
     programs = p.batch * p.heads // p.summed_heads * triton.cdiv(p.tokens, block_n) * chunks
     blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    return Launch(kernel, programs, p.constants | p.of_output | blocks, warps, stages=2)
+    constants = p.constants | p.of_output | blocks
+    return Launch(kernel, programs, constants, warps, p.stages, REGISTERS)
 
 
 def _global_launch(
@@ -112,7 +122,7 @@ def _global_launch(
     wanted = min(SPLITS, blocks, triton.cdiv(2 * MULTIPROCESSORS, programs))
     splits = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
     constants = p.constants | {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    return Launch(kernel, programs * splits, constants, warps, stages=2), splits
+    return Launch(kernel, programs * splits, constants, warps, p.stages, REGISTERS), splits
 
 
 def _forward_tile(p: Problem) -> tuple[int, int, int]:
@@ -154,16 +164,16 @@ def grad_local_launch(p: Problem) -> Launch:
 
 def global_sums_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    launch, splits = _global_launch(
-        p, co_attention_global_sums, _backward_tile(p), warps=8, chunks=1
-    )
+    tile, warps = _backward_tile(p), 8 if p.narrow else 4
+    launch, splits = _global_launch(p, co_attention_global_sums, tile, warps, chunks=1)
     launch.constants["GRAD_STRIDE"] = p.heads * p.width
     return launch, splits
 
 
 def grad_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    launch, splits = _global_launch(p, co_attention_grad_global, _backward_tile(p), warps=8)
+    tile, warps = _backward_tile(p), 8 if p.narrow else 4
+    launch, splits = _global_launch(p, co_attention_grad_global, tile, warps)
     of_output = {name: p.of_output[name] for name in ("OUT_STRIDE", "OUT_STEP")}
     units = {"GRAD_STRIDE": p.heads * p.width, "UNITS": 4 if p.absorbed else 3}
     launch.constants.update(of_output | units)

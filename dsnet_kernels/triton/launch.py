@@ -21,10 +21,12 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most; None is the assembler's choice
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def __call__(self, *args: Any) -> None:
         self.kernel[(self.programs,)](*args, **self.constants, **self.options)
