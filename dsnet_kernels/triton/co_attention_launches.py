@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from .. import checks
+from ..co_attention import absorbs
 from . import can_run
 from .co_attention_backward_kernels import co_attention_grad_local
 from .co_attention_grad_global_kernels import co_attention_global_sums, co_attention_grad_global
@@ -206,7 +207,7 @@ def check(
     parameters: dict[str, Tensor | None],
     dropout_p: float,
     seed: Tensor | None,
-    absorbed: bool,
+    absorbed: bool | None,
 ) -> Problem:
     """The problem, or an error that names the argument."""
     checks.dims("local", local, "BNC")
@@ -229,6 +230,8 @@ def check(
     if checks.head_dim_refusal(head_dim) is not None:
         expected = "expected heads of 8, 16, … 128 channels"
         raise ValueError(f"num_heads: {expected}, got {num_heads} of {head_dim}")
+    if absorbed is None:
+        absorbed = absorbs(tokens, global_tokens, local_width, num_heads)
     sizes = (batch, tokens, global_tokens, local_width, global_width, num_heads, head_dim)
     p = Problem(*sizes, local.dtype, absorbed)
     for name, shape in zip(PARAMETERS, p.parameter_shapes, strict=True):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..co_attention import absorbs
 from . import norm_linear
 from .co_attention_launches import GLOBAL_PARAMETERS, PARAMETERS, Problem, check
 from .products import Columns, Matrices, multiply
@@ -23,8 +22,6 @@ def make_problem(
 ) -> tuple[Problem, dict[str, Tensor | None]]:
     """With the parameters by name, contiguous."""
     named = dict(zip(PARAMETERS, parameters, strict=True))
-    if absorbed is None:
-        absorbed = absorbs(local.shape[1], global_.shape[1], local.shape[2], num_heads)
     p = check(local, global_, num_heads, named, dropout_p, seed, absorbed)
     return p, {k: None if v is None else v.contiguous() for k, v in named.items()}
 
