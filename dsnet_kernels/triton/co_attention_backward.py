@@ -171,6 +171,8 @@ def _through_matrices(
     bias = torch.zeros_like(weights["local_qkv_bias"], dtype=fp32)
     bias[: p.dim] = weighted(o.qkv[..., p.dim : 2 * p.dim], of_key_bias)
     bias[2 * p.dim :] = weighted(grad_attended, kept)
+    # Zero, and NaN where there is one in the streams or gradients.
+    bias[p.dim : 2 * p.dim] = 0 * bias[2 * p.dim :]
     named = {
         "local_qkv_weight": weight,
         "local_qkv_bias": bias,
