@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import checks, native, operators
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import co_attention as reference
 from .reference.co_attention import co_attend
@@ -52,6 +52,10 @@ def _cuda_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
     return native.cuda_can_run(local, "local") or _kernel_refusal(local, global_, **options)
 
 
+def _triton_can_run(local: Tensor, global_: Tensor, **options) -> str | None:
+    return triton.can_run(local, "local") or _kernel_refusal(local, global_, **options)
+
+
 def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     if dropout_p > 0:
         return "scaled_dot_product_attention draws a dropout mask of its own"
@@ -64,10 +68,16 @@ OPERATION = register(
         tensors=("local", "global_"),
         present={
             "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
             "cuda": native.cuda_refusal,
             "sdpa": lambda: None,
         },
-        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run, "sdpa": _sdpa_can_run},
+        can_run={
+            "cpu": _cpu_can_run,
+            "triton": _triton_can_run,
+            "cuda": _cuda_can_run,
+            "sdpa": _sdpa_can_run,
+        },
     )
 )
 
@@ -136,6 +146,9 @@ for _name in (NATIVE, TRITON):
         " -> (Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("co_attention")
 
 
 class _CoAttention(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, operators
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import upsample_concat as reference
 
@@ -33,12 +33,20 @@ def _cuda_can_run(local: Tensor, global_: Tensor) -> str | None:
     return native.cuda_can_run(local, "local") or _kernel_refusal(local, global_)
 
 
+def _triton_can_run(local: Tensor, global_: Tensor) -> str | None:
+    return triton.can_run(local, "local") or _kernel_refusal(local, global_)
+
+
 OPERATION = register(
     Operation(
         "upsample_concat",
         tensors=("local", "global_"),
-        present={"cpu": native.cpu_refusal, "cuda": native.cuda_refusal},
-        can_run={"cpu": _cpu_can_run, "cuda": _cuda_can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
+            "cuda": native.cuda_refusal,
+        },
+        can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
     )
 )
 
@@ -76,6 +84,9 @@ for _name in (NATIVE, TRITON):
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("upsample_concat")
 
 
 class _UpsampleConcat(torch.autograd.Function):

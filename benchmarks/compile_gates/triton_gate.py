@@ -24,8 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from dsnet_kernels.triton import co_attention_launches as co_attention
 from dsnet_kernels.triton import depthwise_conv3x3 as depthwise
 from dsnet_kernels.triton import global_attention as attention
+from dsnet_kernels.triton import norm_linear, products
+from dsnet_kernels.triton import upsample_concat as upsample
+from dsnet_kernels.triton.launch import Launch
 
 TABLE = Path(__file__).with_name("triton.json")
 ARCHITECTURES = (80, 90, 100)
@@ -33,8 +37,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RESOURCES = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": "LOCAL"}
 
-ATTENTION_SIZES = {"tokens", "threshold", "rows", "slots"}
-FLOATS = ("eps", "scale", "keep_scale")
+SIZES = {"tokens", "threshold", "rows", "slots", "pixels", "height", "width"}
+SIZES |= {"coarse_height", "coarse_width", "size", "coarse", "inner", "images", "splits"}
+SIZES |= {"global_tokens"}
+FLOATS = ("eps", "scale", "keep_scale", "factor")
 
 Resources = dict[str, int]
 Report = dict[str, Any]
@@ -75,6 +81,15 @@ def cases() -> Iterator[Case]:
     for heads in (1, 5):
         yield from _attention(torch.bfloat16, "bf16", heads, only="attention_few")
     yield from _attention(torch.bfloat16, "bf16", heads=2, dropout=True, only="attention_many")
+    for dtype, kind in TYPES.items():
+        for width in (64, 17):
+            yield from _upsample(dtype, kind, width)
+        yield from _co_attention(dtype, kind, 3136, 1, absorbed=True)
+        yield from _co_attention(dtype, kind, 784, 2, absorbed=True)
+        yield from _co_attention(dtype, kind, 196, 5, absorbed=False)
+    yield from _co_attention(torch.bfloat16, "bf16", 3136, 1, absorbed=True, dropout=True)
+    yield from _co_attention(torch.bfloat16, "bf16", 196, 8, absorbed=True)
+    yield from _co_attention(torch.bfloat16, "bf16", 196, 3, absorbed=True, width=17)
 
 
 def _attention(
@@ -93,31 +108,93 @@ def _attention(
         attention.Problem(batch, tokens, width, heads, dtype)
         for batch, tokens in ((64, 49), (2, 1025))
     )
-    grad_weight, slots = attention.grad_weight_launch(few)
+    grad_weight, slots = norm_linear.grad_weight_launch(few.projection)
     launches = [
         attention.few_launch(few, attention.global_attention_few),
         attention.few_launch(few, attention.global_attention_few_grad),
-        attention.project_launch(many),
+        norm_linear.forward_launch(many.projection),
         *attention.many_launches(many).values(),
-        attention.grad_x_launch(few),
+        norm_linear.grad_x_launch(few.projection),
         grad_weight,
-        attention.sum_slots_launch(few, slots)[0],
+        norm_linear.sum_slots_launch(few.projection, slots)[0],
     ]
-    pointers = dict.fromkeys(("grad", "x", "out", "qkv", "grad_qkv", "grad_x"), kind)
+    pointers = dict.fromkeys(("grad", "x", "out", "y", "qkv", "grad_qkv", "grad_x", "grad_y"), kind)
     pointers |= {"seed": "i64"} if dropout else {}
     for launch in launches:
-        name = launch.kernel.fn.__name__
-        if only not in name:
-            continue
-        constants = launch.constants | ({} if dropout else {"seed": None})
-        others = set(launch.kernel.arg_names) - constants.keys() - set(FLOATS) - ATTENTION_SIZES
-        yield Case(
-            f"{name} {kind} C={width}{' dropout' if dropout else ''}",
-            launch.kernel,
-            {argument: pointers.get(argument, "fp32") for argument in others},
-            {key: value for key, value in constants.items() if key in launch.kernel.arg_names},
-            launch.options,
+        if only in launch.kernel.fn.__name__:
+            suffix = f"{kind} C={width}{' dropout' if dropout else ''}"
+            yield _launched(launch, suffix, pointers, () if dropout else ("seed",))
+
+
+def _launched(
+    launch: Launch, suffix: str, pointers: dict[str, str], absent: tuple[str, ...] = ()
+) -> Case:
+    """A launch as compiled; pointers are to float32 but those in ``pointers``."""
+    names = launch.kernel.arg_names
+    constants = dict.fromkeys((name for name in absent if name in names), None) | launch.constants
+    others = set(names) - constants.keys() - set(FLOATS) - SIZES
+    return Case(
+        f"{launch.kernel.fn.__name__} {suffix}",
+        launch.kernel,
+        {name: pointers.get(name, "fp32") for name in others},
+        constants,
+        launch.options,
+    )
+
+
+def _upsample(dtype: torch.dtype, kind: str, width: int) -> Iterator[Case]:
+    """What 64 images of 28×28 pixels with as many local as global channels take."""
+    p = upsample.Problem(64, (28, 28), (7, 7), width, width, 2 * width, dtype)
+    local, out, mixed = (
+        products.Columns(torch.empty(shape, device="meta"))
+        for shape in ((64, 28, 28, width), (64, 28, 28, 2 * width), (64, 7, 7, 2 * width))
+    )
+    matrices = products.Matrices(torch.empty(0, device="meta"), (1, 2 * width))
+    suffix = f"{kind} C={2 * width}"
+    streams = dict.fromkeys(("local", "residual", "out"), kind)
+    yield _launched(upsample.forward_launch(p), suffix, streams)
+    for x in dict.fromkeys((kind, "fp32")):
+        yield _launched(
+            upsample.adjoint_launch(p.pixels, p.channels), f"{suffix} from {x}", {"x": x}
         )
+    absent = ("bias", "weights", "residual")
+    launch = products.rows_launch(out, matrices, local, dtype)
+    yield _launched(launch, suffix, {"x": kind, "out": kind}, absent)
+    launch, _ = products.transposed_launch(mixed, local, mixed, dtype)
+    yield _launched(launch, suffix, {"y": kind})
+
+
+def _co_attention(
+    dtype: torch.dtype,
+    kind: str,
+    tokens: int,
+    heads: int,
+    absorbed: bool,
+    width: int = 0,
+    global_tokens: int = 49,
+    dropout: bool = False,
+) -> Iterator[Case]:
+    """What 64 images take whose local stream has ``width`` channels, by default dim = 32·heads."""
+    width = width or 32 * heads
+    p = co_attention.Problem(64, tokens, global_tokens, width, width, heads, 32, dtype, absorbed)
+    form = "absorbed" if absorbed else "projected"
+    suffix = f"{kind} C={width} {form}{' dropout' if dropout else ''}"
+    streams = ("queries", "keys", "values", "residual", "out", "grad", "grad_heads", "local_keys")
+    streams += ("local_values", "global_queries", "grad_global", "attended")
+    pointers = dict.fromkeys(streams, kind) | {"seed": "i64"}
+    absent = () if dropout else ("seed",)
+    absent += ("attended",) if absorbed else ("local_scale", "local_shift", "key_bias", "residual")
+    absent += () if absorbed else ("bias", "grad", "constant", "partial_sums")
+    for launch in (
+        co_attention.to_local_launch(p),
+        co_attention.to_global_launch(p)[0],
+        co_attention.global_sums_launch(p)[0],
+        co_attention.grad_local_launch(p),
+        co_attention.grad_global_launch(p)[0],
+    ):
+        yield _launched(launch, suffix, pointers, absent)
+    combine = co_attention.combine_launch(p)
+    yield _launched(combine, suffix, {})
 
 
 def _depthwise(

@@ -7,15 +7,7 @@ and goes down the rows of a strip, so that each pixel is read from memory once.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _parameter(p, o_c, m_c, ABSENT: tl.constexpr):
-    """Values of (C,) for the tile's channels, as a row."""
-    if p is None:
-        b_value = tl.full([o_c.shape[0]], ABSENT, tl.float32)
-    else:
-        b_value = tl.load(p + o_c, mask=m_c, other=0).to(tl.float32)
-    return b_value[None, :]
+from .common_kernels import parameter
 
 
 @triton.jit
@@ -108,10 +100,10 @@ def depthwise_conv3x3_forward(
     w10, w11, w12 = _taps(weight + 3, o_c, m_c)
     w20, w21, w22 = _taps(weight + 6, o_c, m_c)
 
-    b_scale = _parameter(scale, o_c, m_c, 1.0)
-    b_shift = _parameter(shift, o_c, m_c, 0.0)
+    b_scale = parameter(scale, o_c, m_c, 1.0)
+    b_shift = parameter(shift, o_c, m_c, 0.0)
     b_here = tl.zeros([BLOCK_COLUMNS, BLOCK_CHANNELS], tl.float32)
-    b_here += _parameter(bias, o_c, m_c, 0.0)
+    b_here += parameter(bias, o_c, m_c, 0.0)
     b_start = b_here
     if FOLD:
         # The shift counts for taps inside the image only: those of the row below are added with
@@ -227,8 +219,8 @@ def depthwise_conv3x3_backward(
     w00, w01, w02 = _taps(weight, o_c, m_c)
     w10, w11, w12 = _taps(weight + 3, o_c, m_c)
     w20, w21, w22 = _taps(weight + 6, o_c, m_c)
-    b_scale = _parameter(scale, o_c, m_c, 1.0)
-    b_shift = _parameter(shift, o_c, m_c, 0.0)
+    b_scale = parameter(scale, o_c, m_c, 1.0)
+    b_shift = parameter(shift, o_c, m_c, 0.0)
 
     zeros = tl.zeros([BLOCK_COLUMNS, BLOCK_CHANNELS], tl.float32)
     s00, s01, s02 = zeros, zeros, zeros

@@ -7,40 +7,8 @@ kernel leaves [Q, K, V] in memory, another owns a block of a head's queries and 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def moments(p_x, m_t, eps, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and 1/√(variance + eps) of the rows of WIDTH channels that ``p_x`` points at."""
-    b_mean = tl.zeros(p_x.shape, tl.float32)
-    b_squares = tl.zeros(p_x.shape, tl.float32)
-    for i_c in range(0, WIDTH, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
-        m_c = (o_c < WIDTH)[None, :]
-        b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_t[:, None] & m_c, other=0).to(tl.float32)
-        # Deviations from the block's own mean, and the step between means (Chan et al., 1979):
-        # one pass, and no cancellation where the mean is large.
-        count = tl.minimum(WIDTH - i_c, BLOCK_C)
-        part = count / (i_c + count)
-        b_block = tl.sum(b_x, 1) / count
-        b_deviation = tl.where(m_c, b_x - b_block[:, None], 0.0)
-        b_step = b_block - b_mean
-        b_squares += tl.sum(b_deviation * b_deviation, 1) + b_step * b_step * (i_c * part)
-        b_mean += b_step * part
-    return b_mean, tl.div_rn(1.0, tl.sqrt_rn(b_squares / WIDTH + eps))
-
-
-@triton.jit
-def normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, WIDTH: tl.constexpr):
-    """Columns ``o_c`` of LN(x) in x's dtype, zero outside."""
-    m_c = o_c < WIDTH
-    m = m_t[:, None] & m_c[None, :]
-    b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m, other=0)
-    b_weight = tl.load(norm_weight + o_c, mask=m_c, other=0).to(tl.float32)[None, :]
-    b_bias = tl.load(norm_bias + o_c, mask=m_c, other=0).to(tl.float32)[None, :]
-    b_normal = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None]
-    return tl.where(m, tl.fma(b_normal, b_weight, b_bias), 0.0).to(b_x.dtype)
+from .common_kernels import exp_logits, keep_mask, load_rows, store_rows
+from .norm_linear_kernels import moments, normalised, with_bias
 
 
 @triton.jit
@@ -81,79 +49,12 @@ def project_head(
     dtype = p_x.dtype.element_ty
     p_bias = qkv_bias + o_row
     return (
-        _with_bias(b_q, p_bias, m_t, m_d).to(dtype),
-        _with_bias(b_k, p_bias + WIDTH, m_t, m_d).to(dtype),
-        _with_bias(b_v, p_bias + 2 * WIDTH, m_t, m_d).to(dtype),
+        with_bias(b_q, p_bias, m_t, m_d).to(dtype),
+        with_bias(b_k, p_bias + WIDTH, m_t, m_d).to(dtype),
+        with_bias(b_v, p_bias + 2 * WIDTH, m_t, m_d).to(dtype),
     )
 
 
-@triton.jit
-def _with_bias(b, p_bias, m_t, m_d):
-    b_bias = tl.load(p_bias, mask=m_d, other=0).to(tl.float32)
-    return tl.where(m_t[:, None], b + b_bias[None, :], 0.0)
-
-
-@triton.jit
-def load_rows(
-    p,
-    i_row,
-    rows,
-    STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr = True,
-):
-    """A tile from row ``i_row`` on, zero outside ``rows`` and COLUMNS; without MASKED all rows."""
-    o_r = tl.arange(0, BLOCK_R)
-    o_c = tl.arange(0, BLOCK_COLUMNS)
-    m = (o_c < COLUMNS)[None, :]
-    if MASKED:
-        m = m & (o_r < rows - i_row)[:, None]
-    p_rows = p + tl.cast(i_row, tl.int64) * STRIDE
-    return tl.load(p_rows + (o_r[:, None] * STRIDE + o_c[None, :]), mask=m, other=0)
-
-
-@triton.jit
-def store_rows(p, b, i_row, rows, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """The counterpart of ``load_rows``, in the dtype of ``p``."""
-    o_r = tl.arange(0, b.shape[0])
-    o_c = tl.arange(0, b.shape[1])
-    m = (o_r < rows - i_row)[:, None] & (o_c < COLUMNS)[None, :]
-    p_rows = p + tl.cast(i_row, tl.int64) * STRIDE
-    tl.store(p_rows + (o_r[:, None] * STRIDE + o_c[None, :]), b.to(p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def keep_mask(
-    seed, i_image, i_head, i_query, i_key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """(QUERIES, KEYS): which weights stay; word key % 4 of philox(key // 4, query, head, image)."""
-    o_query = i_query + tl.arange(0, QUERIES)
-    o_block = i_key // 4 + tl.arange(0, KEYS // 4)
-    w0, w1, w2, w3 = tl.philox(
-        tl.load(seed), o_block[None, :], o_query[:, None], i_head, i_image.to(tl.int32)
-    )
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= threshold.to(tl.uint32)
-
-
-@triton.jit
-def exp_logits(b_product, b_shift, scale, dtype: tl.constexpr):
-    """exp(scale·product − shift).
-
-    In float32 the logit is rounded first, as it is in ``shift``, so that a lone key has weight 1;
-    in 16 bits its factor joins that of exp2, which saves a multiplication.
-    """
-    if dtype.primitive_bitwidth == 32:
-        b_power = (b_product * scale - b_shift) * LOG2_E
-    else:
-        b_power = tl.fma(b_product, scale * LOG2_E, b_shift * -LOG2_E)
-    return tl.exp2(b_power)
-
-
-# ``scale`` is 1/√d, ``threshold`` what a weight's random word is compared with, ``keep_scale``
-# 1/(1 − p).
 _NUMBERS = ["tokens", "threshold"]
 
 
@@ -216,43 +117,6 @@ def global_attention_few(
     p_out = out + i_image * tokens * WIDTH + o_head
     store_rows(p_out, b_out, 0, tokens, WIDTH, HEAD_DIM)
     tl.store(lse + i_group * tokens + o_t, b_max + tl.log(b_sum), mask=m_t)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def global_attention_project(
-    x,  # (T, C)
-    norm_weight,  # (C)
-    norm_bias,  # (C)
-    qkv_weight,  # (3·C, C)
-    qkv_bias,  # (3·C)
-    qkv,  # (T, 3·C)
-    rows,  # T = B·M
-    eps,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """qkv = LN(x)·Wᵀ + b: a block of rows and of columns."""
-    COLUMN_BLOCKS: tl.constexpr = (3 * WIDTH + BLOCK_N - 1) // BLOCK_N
-    i_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_t = i_t + tl.arange(0, BLOCK_T)
-    m_t = o_t < rows
-    m_n = o_n < 3 * WIDTH
-    p_x = x + o_t * WIDTH
-    b_mean, b_rstd = moments(p_x, m_t, eps, WIDTH, BLOCK_C)
-    b_qkv = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for i_c in range(0, WIDTH, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
-        b_x = normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, WIDTH)
-        m_w = (o_c < WIDTH)[:, None] & m_n[None, :]
-        p_w = qkv_weight + o_n[None, :] * WIDTH + o_c[:, None]
-        b_w = tl.load(p_w, mask=m_w, other=0).to(b_x.dtype)
-        b_qkv = tl.dot(b_x, b_w, b_qkv, input_precision="ieee")
-    b_qkv = _with_bias(b_qkv, qkv_bias + o_n, m_t, m_n)
-    p_qkv = qkv + o_t[:, None] * (3 * WIDTH) + o_n[None, :]
-    tl.store(p_qkv, b_qkv.to(qkv.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS)

@@ -12,8 +12,8 @@ from variants import variants
 
 from dsnet_kernels import BackendUnavailable, explain, global_attention
 from dsnet_kernels.reference import dropout
-from dsnet_kernels.triton import global_attention as kernels
-from dsnet_kernels.triton.global_attention_kernels import keep_mask
+from dsnet_kernels.triton import norm_linear
+from dsnet_kernels.triton.common_kernels import keep_mask
 
 OP = torch.ops.dsnet_kernels.global_attention_triton
 OP_BACKWARD = torch.ops.dsnet_kernels.global_attention_triton_backward
@@ -48,17 +48,18 @@ def test_a_width_that_is_no_power_of_two():
 
 @in_both_dtypes
 def test_rows_wider_than_a_block(monkeypatch, dtype):
-    monkeypatch.setattr(kernels, "WHOLE_ROWS", 32)
-    launch = kernels.grad_x_launch(kernels.Problem(2, 9, 80, 2, dtype))
+    monkeypatch.setattr(norm_linear, "WHOLE_ROWS", 32)
+    launch = norm_linear.grad_x_launch(norm_linear.NormLinear(18, 80, 240, dtype))
     assert launch.constants["BLOCK_C"] == 32
     compare(CASE, TRITON, sample(CASE, (2, 9, 2, 40), dtype))
 
 
 @few_and_many
 def test_slots_of_several_row_blocks(monkeypatch, tokens):
-    monkeypatch.setattr(kernels, "SLOTS", 2)
+    monkeypatch.setattr(norm_linear, "SLOTS", 2)
     batch = 80 // tokens + 1
-    launch, slots = kernels.grad_weight_launch(kernels.Problem(batch, tokens, 32, 2, torch.float32))
+    p = norm_linear.NormLinear(batch * tokens, 32, 96, torch.float32)
+    launch, slots = norm_linear.grad_weight_launch(p)
     assert slots == 2 < batch * tokens // launch.constants["BLOCK_T"]
     compare(CASE, TRITON, sample(CASE, (batch, tokens, 2, 16)))
 
