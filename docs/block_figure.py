@@ -12,8 +12,8 @@ TARGET = Path(__file__).with_name("block.svg")
 
 GRID, CHANNELS, REDUCTION = 56, 64, 8
 MLP_RATIO = 4
-NATIVE = {"depthwise_conv3x3", "global_attention", "upsample_concat"}
-REFERENCE = {"co_attention", "pointwise_mlp"}
+NATIVE = {"depthwise_conv3x3", "global_attention", "co_attention", "upsample_concat"}
+REFERENCE = {"pointwise_mlp"}
 
 HALF = CHANNELS // 2
 COARSE = GRID // REDUCTION
@@ -29,8 +29,8 @@ DESCRIPTION = (
     " 3: a depthwise convolution. The global stream, right, passes 4: bilinear downsampling and"
     " 5: self-attention. 6: co-attention lets each stream read the other. 7: upsampling,"
     " concatenation and a 1×1 convolution join them, adding the result of step 1. 8: an MLP."
-    " Steps 1, 3, 5 and 7 are fused operations with native kernels; 6 and 8 are one operation"
-    " each, on its unfused reference path; 2 and 4 are plain PyTorch."
+    " Steps 1, 3, 5, 6 and 7 are fused operations with native kernels; 8 is one operation on its"
+    " unfused reference path; 2 and 4 are plain PyTorch."
 )
 
 WIDTH = 920

@@ -56,8 +56,6 @@ int form_of(const std::optional<bool>& absorbed) {
   return absorbed.has_value() ? int{*absorbed} : -1;
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 // A gradient or saved tensor as the kernels read it.
 Tensor checked(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
     ScalarType dtype, const Tensor& local) {
@@ -96,12 +94,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
   const int64_t batch = shape.batch;
   const Launch on(local);
   const auto of_floats = [&](const std::vector<int64_t>& sizes) {
-    return empty_like_device(local, sizes, ScalarType::Float);
+    return empty_beside(local, sizes, ScalarType::Float);
   };
   Tensor out_local =
-      empty_like_device(local, {batch, shape.local_tokens, shape.local_width}, local.scalar_type());
-  Tensor out_global = empty_like_device(
-      local, {batch, shape.global_tokens, shape.global_width}, local.scalar_type());
+      empty_beside(local, {batch, shape.local_tokens, shape.local_width}, local.scalar_type());
+  Tensor out_global =
+      empty_beside(local, {batch, shape.global_tokens, shape.global_width}, local.scalar_type());
   Tensor local_softmax = of_floats({batch, num_heads, shape.local_tokens, 2});
   Tensor global_softmax = of_floats({batch, num_heads, shape.global_tokens, 2});
   Tensor attended = of_floats({batch, shape.global_tokens, shape.width});
@@ -109,11 +107,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
 
   const Inputs inputs(local, global, parameters, eps, dropout_p, seed);
   cuda::CoAttentionForward args{shape, inputs.view(), out_local.mutable_data_ptr(),
-      out_global.mutable_data_ptr(), floats(local_softmax), floats(global_softmax),
-      floats(attended), nullptr};
+      out_global.mutable_data_ptr(), float_data(local_softmax), float_data(global_softmax),
+      float_data(attended), nullptr};
   const cuda::CoAttentionLaunch launch = cuda::co_attention_launch(args, form_of(absorbed));
   const auto bytes = static_cast<int64_t>(cuda::co_attention_workspace(args, storage, launch));
-  const Tensor workspace = empty_like_device(local, {bytes}, ScalarType::Byte);
+  const Tensor workspace = empty_beside(local, {bytes}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   cuda::co_attention_forward(args, storage, launch, on.stream());
   return {out_local, out_global, local_softmax, global_softmax, attended};
@@ -147,10 +145,9 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   const Tensor result =
       checked("attended", attended, {batch, global_tokens, shape.width}, ScalarType::Float, local);
   const Launch on(local);
-  Tensor out_local = empty_like_device(local, {batch, tokens, width}, dtype);
-  Tensor out_global = empty_like_device(local, {batch, global_tokens, global_width}, dtype);
-  Tensor gradients =
-      empty_like_device(local, {cuda::co_attention_parameters(shape)}, ScalarType::Float);
+  Tensor out_local = empty_beside(local, {batch, tokens, width}, dtype);
+  Tensor out_global = empty_beside(local, {batch, global_tokens, global_width}, dtype);
+  Tensor gradients = empty_beside(local, {cuda::co_attention_parameters(shape)}, ScalarType::Float);
   if (batch == 0) {
     torch::stable::zero_(gradients);
     return {out_local, out_global, gradients};
@@ -160,10 +157,10 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   cuda::CoAttentionBackward args{shape, inputs.view(), upper_local.const_data_ptr(),
       upper_global.const_data_ptr(), static_cast<const float*>(softmax.const_data_ptr()),
       static_cast<const float*>(result.const_data_ptr()), out_local.mutable_data_ptr(),
-      out_global.mutable_data_ptr(), floats(gradients), nullptr};
+      out_global.mutable_data_ptr(), float_data(gradients), nullptr};
   const cuda::CoAttentionLaunch launch = cuda::co_attention_launch(args, form_of(absorbed));
   const auto bytes = static_cast<int64_t>(cuda::co_attention_workspace(args, storage, launch));
-  const Tensor workspace = empty_like_device(local, {bytes}, ScalarType::Byte);
+  const Tensor workspace = empty_beside(local, {bytes}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   cuda::co_attention_backward(args, storage, launch, on.stream());
   for (const cuda::TokenProduct& p : cuda::co_attention_products(args, storage, launch)) {

@@ -1,27 +1,15 @@
-// What the bindings of attention on NVIDIA GPUs share: checks, allocation, dense products.
+// What the bindings of attention on NVIDIA GPUs share: checks, dense products.
 #pragma once
 
 #include <array>
-#include <vector>
 
 #include "bindings/cuda/launch.h"
 
 namespace dsnet {
 
-inline void check_device(
-    const char* name, const Tensor& tensor, const Tensor& leader, const char* leader_name = "x") {
-  check(tensor.is_cuda() && tensor.get_device_index() == leader.get_device_index(), name,
-      ": expected ", leader_name, "'s device");
-}
-
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   check(tensor.scalar_type() == dtype, name, ": expected ", torch::headeronly::toString(dtype),
       ", got ", torch::headeronly::toString(tensor.scalar_type()));
-}
-
-inline Tensor empty_like_device(
-    const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, x.device());
 }
 
 // out = a·b in out's dtype: a and b's, or float32. Variants with `out` are no concern of autocast,
