@@ -103,7 +103,8 @@ inline void normalise_rows(const T* x, int64_t count, int64_t width, int64_t pad
 }
 
 // The gradient of a token through LayerNorm and past it: grad_x = grad + LNᵀ(grad_y); adds the
-// token's share to the gradients of weight and bias. All but x and the gradients of x padded with 0.
+// token's share to the gradients of weight and bias. All but x and the gradients of x padded with
+// 0.
 template <typename V, typename T, typename Acc = typename V::Acc>
 inline void normalise_gradient(const T* x, const T* grad, int64_t width, Moments<Acc> moments,
     const Acc* weight, const Acc* grad_y, Acc* grad_weight, Acc* grad_bias, T* grad_x) {
