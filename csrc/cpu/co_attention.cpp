@@ -16,7 +16,7 @@ int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layou
   const int64_t rows = larger_of(M, Layout::row_block);
   constexpr int64_t rounding = 32 * lanes;  // Each piece is padded.
   const int64_t inputs = M * (2 * layout.global + layout.head + layout.dim + 2);
-  const int64_t finish = block * (layout.inner + layout.dim + layout.global + 1);
+  const int64_t finish = block * (layout.inner + layout.dim + layout.global + shape.dim() + 1);
   if (!backward) {
     int64_t local = tile * (3 * layout.local + Cl + rows + 2) + 2 * Layout::row_block;
     if (!layout.absorbed) local += tile * (2 * d + 2 * layout.dim);

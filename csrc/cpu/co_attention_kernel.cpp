@@ -41,6 +41,28 @@ inline void soften_columns(
   }
 }
 
+// Sums that are stored as factor[row] · sum + start.
+template <typename V, typename Acc = typename V::Acc>
+struct ScaledTo {
+  const Acc* factors;
+  Start<Acc> start;
+  Matrix<Acc> c;
+
+  template <int R, int N>
+  __attribute__((always_inline)) void operator()(
+      V (&sums)[R][N], int64_t row, int64_t column) const {
+    V before[R][N];
+    From<V>{start}(before, row, column);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const V factor = V::fill(factors[row + i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[i][j] = fma(sums[i][j], factor, before[i][j]);
+    }
+    To<V>{c}(sums, row, column);
+  }
+};
+
 // A tile of local tokens and what belongs to it.
 template <typename Acc>
 struct Tile {
@@ -84,32 +106,24 @@ void attend_to_global(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf
     softmax[2 * i] = tile.maxima[i];
     softmax[2 * i + 1] = tile.totals[i];
   }
-  const V kept = V::fill(static_cast<Acc>(1.0 - dropout.p));
-  for (j = 0; j < tile.columns; j += V::size) {
-    (V::fill(Acc{1}) / (V::load(tile.totals + j) * kept)).store(tile.totals + j);
-  }
-  for (int64_t m = 0; m < M; ++m) {
-    for (j = 0; j < tile.columns; j += V::size) {
-      Acc* weight = tile.scores + m * stride + j;
-      (V::load(weight) * V::load(tile.totals + j)).store(weight);
-    }
-  }
+  // Weights are divided by their sums where their products are complete.
+  const Acc kept = static_cast<Acc>(1.0 - dropout.p);
+  for (int64_t i = 0; i < tile.columns; ++i) tile.totals[i] = Acc{1} / (tile.totals[i] * kept);
   const Matrix<const Acc> weights = as_right<T>(tile.scores, M, tile.columns, stride);
   const Matrix<const Acc> values = right_of<T>(call.met(tile.image, h, 2), inner);
-  Acc* start = h > 0 ? tile.out : call.local_proj_bias();
-  const int64_t start_stride = h > 0 ? layout.local : 0;
+  const Start<Acc> start{h > 0 ? tile.out : call.local_proj_bias(), h > 0 ? layout.local : 0};
   if (layout.absorbed) {
-    multiply<true, V, Product>(tile.count, inner, depth_of<T>(M), weights, values,
-        {start, start_stride}, {tile.out, layout.local});
+    multiply_with<true, V, Product>(tile.count, inner, depth_of<T>(M), weights, values, From<V>{},
+        ScaledTo<V>{tile.totals, start, {tile.out, layout.local}});
     return;
   }
-  multiply<true, V, Product>(
-      tile.count, inner, depth_of<T>(M), weights, values, {nullptr, 0}, {tile.heads_out, inner});
+  multiply_with<true, V, Product>(tile.count, inner, depth_of<T>(M), weights, values, From<V>{},
+      ScaledTo<V>{tile.totals, {nullptr, 0}, {tile.heads_out, inner}});
   if constexpr (Products<T>::pairs) {
     for (int64_t i = 0; i < tile.count; ++i) pair_columns(tile.heads_out + i * inner, inner);
   }
   multiply_packed<V, T>(tile.count, layout.local, layout.depth, {tile.heads_out, inner},
-      call.matrix(h, layout.proj), {start, start_stride}, {tile.out, layout.local});
+      call.matrix(h, layout.proj), start, {tile.out, layout.local});
 }
 
 // Where a chunk keeps its share of one head.
@@ -197,6 +211,7 @@ void prologue(const CoAttentionForward& args, void* memory, int64_t begin, int64
     if (image != normalised) {
       normalise_rows<V>(call.global(image, 0), M, args.shape.global_width, layout.global,
           static_cast<Acc>(args.eps), call.norm_weight(), call.norm_bias(), y);
+      as_left<T>(M, layout.global, y);
       normalised = image;
     }
     meet(call, image, h, y, qkv, nullptr, 2);
@@ -288,6 +303,7 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
   Acc* kept = scratch.take(block);
   Acc* values = scratch.take(block * layout.dim);
   Acc* out = scratch.take(block * layout.global);
+  [[maybe_unused]] Acc* pairs = scratch.take(block * dim);
   const Acc keep = static_cast<Acc>(1.0 - args.dropout.p);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / layout.row_blocks, first = task % layout.row_blocks * block;
@@ -336,7 +352,13 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
         }
       }
     }
-    multiply_packed<V>(rows, layout.global, dim, {attended, dim},
+    const Acc* left = attended;
+    if constexpr (Products<T>::pairs) {
+      copy_columns(rows, dim, attended, dim, pairs, dim);
+      for (int64_t m = 0; m < rows; ++m) pair_columns(pairs + m * dim, dim);
+      left = pairs;
+    }
+    multiply_packed<V, T>(rows, layout.global, dim, {left, dim},
         call.packed() + layout.global_proj.offset, {call.global_proj_bias(), 0},
         {out, layout.global});
     const T* residual = call.global(image, first);

@@ -80,6 +80,43 @@ inline void copy_vector(const Parameter& parameter, int64_t first, int64_t count
   }
 }
 
+// Values as activations hold them.
+template <typename V, typename T>
+inline V rounded_as(V value) {
+  if constexpr (is_float<T>) {
+    return value;
+  } else {
+    T narrow[V::size];
+    value.store(narrow);
+    return V::load(narrow);
+  }
+}
+
+template <typename V, typename T, typename Acc = typename V::Acc>
+inline void round_row(Acc* row, int64_t n) {
+  for (int64_t c = 0; c < n; c += V::size) rounded_as<V, T>(V::load(row + c)).store(row + c);
+}
+
+// Rows of a left side in T's precision, as its products take them; rows of whole registers.
+template <typename T, typename Acc = AccumulatorOf<T>>
+inline void as_left(int64_t rows, int64_t stride, Acc* left) {
+  for (int64_t i = 0; i < rows; ++i) {
+    round_row<typename Register<T>::type, T>(left + i * stride, stride);
+    if constexpr (Products<T>::pairs) pair_columns(left + i * stride, stride);
+  }
+}
+
+// A packed right side in T's precision, as its products take it.
+template <typename T, typename Acc = AccumulatorOf<T>>
+inline void as_packed(const PackedMatrix& matrix, Acc* packed) {
+  using V = typename Register<T>::type;
+  if constexpr (Products<T>::pairs) {
+    pair_panels<V, T>(matrix.depth, matrix.columns, packed);
+  } else {
+    round_row<V, T>(packed, matrix.depth * matrix.columns);
+  }
+}
+
 template <typename T>
 inline void pack_head(const CoCall<T>& call, int64_t h) {
   using V = typename Register<T>::type;
@@ -98,6 +135,7 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
     pack_segments<V>(
         weight + h * d * Cg, Cg, 3, dim, d, Cg, layout.head, call.matrix(h, layout.global_qkv));
   });
+  as_packed<T>(layout.global_qkv, call.matrix(h, layout.global_qkv));
   with_values<T>(args.local_qkv_weight, [&](const auto* weight) {
     const auto natural = [&](const PackedMatrix& to, int64_t part) {
       if (to.depth == 0) return;
@@ -122,10 +160,10 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
       for (int64_t c = 0; c < layout.local; ++c) {
         left[row * layout.local + c] = c < Cl ? static_cast<Acc>(widened(from[c])) : Acc{0};
       }
-      if constexpr (Products<T>::pairs) pair_columns(left + row * layout.local, layout.local);
     }
     if (!layout.absorbed) {
-      pair_panels<V, T>(Cl, layout.dim, call.matrix(h, layout.to_value));
+      as_left<T>(3 * d, layout.local, left);
+      as_packed<T>(layout.to_value, call.matrix(h, layout.to_value));
     }
     if (layout.local_rows.depth > 0) {
       pack_panels<V, false>(
@@ -134,9 +172,7 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
   });
   with_values<T>(args.local_proj_weight, [&](const auto* weight) {
     pack_panels<V, true>(weight + h * d, dim, Cl, d, layout.local, call.matrix(h, layout.proj));
-    if (!layout.absorbed) {
-      pair_panels<V, T>(d, layout.local, call.matrix(h, layout.proj));
-    }
+    if (!layout.absorbed) as_packed<T>(layout.proj, call.matrix(h, layout.proj));
     if (layout.to_attended.depth > 0) {
       pack_panels<V, false>(
           weight + h * d, dim, d, Cl, layout.dim, call.matrix(h, layout.to_attended));
@@ -178,6 +214,7 @@ void pack(const Arguments& args, void*, int64_t begin, int64_t end) {
         pack_panels<V, true>(
             weight, dim, Cg, dim, layout.global, call.packed() + layout.global_proj.offset);
       });
+      as_packed<T>(layout.global_proj, call.packed() + layout.global_proj.offset);
     }
     if (layout.global_rows.depth > 0) {
       with_values<T>(args.global_qkv_weight, [&](const auto* weight) {
@@ -186,23 +223,6 @@ void pack(const Arguments& args, void*, int64_t begin, int64_t end) {
       });
     }
   }
-}
-
-// Values as activations hold them.
-template <typename V, typename T>
-inline V rounded_as(V value) {
-  if constexpr (is_float<T>) {
-    return value;
-  } else {
-    T narrow[V::size];
-    value.store(narrow);
-    return V::load(narrow);
-  }
-}
-
-template <typename V, typename T, typename Acc = typename V::Acc>
-inline void round_row(Acc* row, int64_t n) {
-  for (int64_t c = 0; c < n; c += V::size) rounded_as<V, T>(V::load(row + c)).store(row + c);
 }
 
 // Rows of a right side (depth, columns) as T's product takes them, and their stride.
@@ -257,7 +277,8 @@ void load_tile(const CoCall<T>& call, int64_t image, int64_t first, int64_t coun
   }
 }
 
-// What the local tokens of an image meet of one head, from its normalised global tokens y:
+// What the local tokens of an image meet of one head, from its normalised global tokens y, a left
+// side of T's products:
 //   absorbed   K_g·W_q/√d, Q_g·W_k/√d, V_g·W_projᵀ (M, Cl)    projected  K_g/√d, Q_g/√d, V_g (M, d)
 // and the bias of the scores K_g·b_q/√d. `qkv` (M, layout.head) becomes Q_g/√d, K_g/√d and V_g;
 // `unscaled`, where it is not null, gets [Q_g, K_g, V_g] of the head's columns in (M, 3·dim).
@@ -269,7 +290,7 @@ void meet(const CoCall<T>& call, int64_t image, int64_t h, const AccumulatorOf<T
   const CoAttentionLayout& layout = call.layout;
   const int64_t M = call.shape.global_tokens, d = call.shape.head_dim, dim = call.shape.dim();
   const int64_t inner = layout.inner;
-  multiply_packed<V>(M, layout.head, call.shape.global_width, {y, layout.global},
+  multiply_packed<V, T>(M, layout.head, call.shape.global_width, {y, layout.global},
       call.matrix(h, layout.global_qkv), {call.global_qkv_bias(h), 0}, {qkv, layout.head});
   Acc *keys = call.met(image, h, 0), *queries = call.met(image, h, 1);
   Acc *values = call.met(image, h, values_index), *bias = call.score_bias(image, h);

@@ -277,6 +277,8 @@ void gradients_of_weights(const Call& call, cpu::CoAttentionBackward& args,
     work += product.rows * product.columns * product.tokens;
   }
   call.run(kernels.weights, args, tasks, work / tasks);
+  // The key bias adds the same to all of a query's logits: no gradient, but NaN stays.
+  for (int64_t i = 0; i < shape.dim(); ++i) out[at.local_qkv_bias + shape.dim() + i] *= Acc{0};
   const int64_t chunks = shape.batch * layout.chunks;
   const auto* channels = static_cast<const Acc*>(args.channel_partials);
   const int64_t places[] = {at.scale, at.shift, at.local_proj_bias};
