@@ -157,16 +157,17 @@ def combine_launch(p: Problem) -> Launch:
 def _backward_tile(p: Problem) -> tuple[int, int, int]:
     """As of the forward, with four results and the operands of six products in the registers."""
     if p.narrow:
-        return 16, block(p.global_tokens, 32), block(p.width, 64)
+        return 16, block(p.global_tokens, 32), block(p.width, 128)
     return 16, 16, block(p.width, 32)
 
 
 def _backward_warps(p: Problem) -> int:
-    return 8 if not p.narrow and p.width <= 32 else 4
+    return 8 if (p.width > 64 if p.narrow else p.width <= 32) else 4
 
 
 def grad_local_launch(p: Problem) -> Launch:
-    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), 4 if p.narrow else 8, 1)
+    warps = _backward_warps(p) if p.narrow else 8
+    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps, 1)
     launch.constants["GRAD_STRIDE"] = p.heads * p.width
     return launch
 
