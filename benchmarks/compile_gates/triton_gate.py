@@ -89,7 +89,9 @@ def cases() -> Iterator[Case]:
         yield from _co_attention(dtype, kind, 196, 5, absorbed=False)
     yield from _co_attention(torch.bfloat16, "bf16", 3136, 1, absorbed=True, dropout=True)
     yield from _co_attention(torch.bfloat16, "bf16", 196, 8, absorbed=True)
-    yield from _co_attention(torch.bfloat16, "bf16", 196, 3, absorbed=True, width=17)
+    yield from _co_attention(
+        torch.bfloat16, "bf16", 196, 3, absorbed=True, width=17, global_tokens=9
+    )
 
 
 def _attention(

@@ -211,7 +211,8 @@ def co_attention_grad_local(
         b_out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         b_inverse = tl.zeros([BLOCK_N], tl.float32)
         for PASS in tl.static_range(2):
-            for i_m in range(0, global_tokens, BLOCK_M):
+            # Registers do not hold the local rows beside the sums: each turn loads them again.
+            for i_m in tl.range(0, global_tokens, BLOCK_M, disable_licm=True):
                 b_p, b_kept, b_dp = recompute(
                     queries + o_local,
                     keys + o_global,
@@ -278,11 +279,11 @@ def co_attention_grad_local(
                     b_dq = tl.dot(b_ds.to(dtype), b_k, b_dq, input_precision="ieee")
                     o_m = i_m + tl.arange(0, BLOCK_M)
                     m_m = o_m < global_tokens
-                    p_sums = global_sums + o_scalar + o_m * HEADS
-                    b_global_delta = tl.load(p_sums, mask=m_m, other=0)
-                    b_global_inverse = tl.load(p_sums + rows, mask=m_m, other=0)
-                    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
-                    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
+                    p_global_sums = global_sums + o_scalar + o_m * HEADS
+                    b_global_delta = tl.load(p_global_sums, mask=m_m, other=0)
+                    b_global_inverse = tl.load(p_global_sums + rows, mask=m_m, other=0)
+                    p_global_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+                    b_global_max = tl.load(p_global_softmax, mask=m_m, other=float("inf"))
                     b_p, b_kept, b_dp = recompute(
                         local_keys + o_local,
                         global_queries + o_global,

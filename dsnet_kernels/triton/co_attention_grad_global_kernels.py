@@ -59,8 +59,8 @@ def co_attention_global_sums(
     p_constant = None
     if constant is not None:
         p_constant = constant + o_scalar
-    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
-    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
+    p_global_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+    b_global_max = tl.load(p_global_softmax, mask=m_m, other=float("inf"))
 
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_delta = tl.zeros([BLOCK_M], tl.float32)
@@ -176,11 +176,11 @@ def co_attention_grad_global(
         p_constant = constant + o_scalar
 
     m_m = o_m < global_tokens
-    p_sums = global_sums + o_scalar + o_m * HEADS
-    b_global_delta = tl.load(p_sums, mask=m_m, other=0)
-    b_global_inverse = tl.load(p_sums + rows, mask=m_m, other=0)
-    p_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
-    b_global_max = tl.load(p_softmax, mask=m_m, other=float("inf"))
+    p_global_sums = global_sums + o_scalar + o_m * HEADS
+    b_global_delta = tl.load(p_global_sums, mask=m_m, other=0)
+    b_global_inverse = tl.load(p_global_sums + rows, mask=m_m, other=0)
+    p_global_softmax = global_softmax + (o_row * global_tokens + o_m) * 2
+    b_global_max = tl.load(p_global_softmax, mask=m_m, other=float("inf"))
 
     b_queries = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_keys = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -191,9 +191,8 @@ def co_attention_grad_global(
     extent = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
     i_begin = (i_split * extent).to(tl.int32)
     i_end = tl.minimum(i_begin + extent, tokens)
-    # In float32 registers do not hold the global rows beside the sums.
-    HOIST: tl.constexpr = dtype.primitive_bitwidth == 16
-    for i_n in tl.range(i_begin, i_end, BLOCK_N, disable_licm=not HOIST):
+    # Registers do not hold the global rows beside the sums: each turn loads them again.
+    for i_n in tl.range(i_begin, i_end, BLOCK_N, disable_licm=True):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < tokens
         o_query = (o_row * tokens + o_n) * 2

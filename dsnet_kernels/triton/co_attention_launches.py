@@ -57,11 +57,6 @@ class Problem:
         return self.dtype.itemsize == 2
 
     @property
-    def stages(self) -> int:
-        """Of loops; float32 has no registers for the addresses of the next stage."""
-        return 2 if self.narrow else 1
-
-    @property
     def local_projection(self) -> NormLinear:
         rows = self.batch * self.tokens
         return NormLinear(rows, self.local_width, 3 * self.dim, self.dtype, layer_norm=False)
@@ -103,17 +98,19 @@ class Problem:
         return {"SUMMED_HEADS": self.summed_heads, "OUT_STRIDE": stride, "OUT_STEP": step}
 
 
-def _local_launch(p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int) -> Launch:
+def _local_launch(
+    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, stages: int
+) -> Launch:
     block_n, block_m, block_d = tile
     chunks = triton.cdiv(p.width, block_d)
     programs = p.batch * p.heads // p.summed_heads * triton.cdiv(p.tokens, block_n) * chunks
     blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
     constants = p.constants | p.of_output | blocks
-    return Launch(kernel, programs, constants, warps, p.stages, REGISTERS)
+    return Launch(kernel, programs, constants, warps, stages, REGISTERS)
 
 
 def _global_launch(
-    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, chunks: int = 0
+    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, stages: int, chunks: int = 0
 ) -> tuple[Launch, int]:
     """With the number of splits: two programs for each multiprocessor, but no empty split."""
     block_n, block_m, block_d = tile
@@ -123,7 +120,7 @@ def _global_launch(
     wanted = min(SPLITS, blocks, triton.cdiv(2 * MULTIPROCESSORS, programs))
     splits = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
     constants = p.constants | {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    return Launch(kernel, programs * splits, constants, warps, p.stages, REGISTERS), splits
+    return Launch(kernel, programs * splits, constants, warps, stages, REGISTERS), splits
 
 
 def _forward_tile(p: Problem) -> tuple[int, int, int]:
@@ -133,13 +130,20 @@ def _forward_tile(p: Problem) -> tuple[int, int, int]:
     return 32, block(p.global_tokens, 32), block(p.width, 32)
 
 
+def _forward_stages(p: Problem) -> int:
+    """float32 has no registers for the addresses of a next stage."""
+    return 2 if p.narrow else 1
+
+
 def to_local_launch(p: Problem) -> Launch:
-    return _local_launch(p, co_attention_to_local, _forward_tile(p), 4 if p.narrow else 8)
+    warps = 4 if p.narrow and p.width <= 32 else 8
+    return _local_launch(p, co_attention_to_local, _forward_tile(p), warps, _forward_stages(p))
 
 
 def to_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    return _global_launch(p, co_attention_to_global, _forward_tile(p), 4 if p.narrow else 8)
+    warps = 4 if p.narrow else 8
+    return _global_launch(p, co_attention_to_global, _forward_tile(p), warps, _forward_stages(p))
 
 
 def combine_launch(p: Problem) -> Launch:
@@ -151,30 +155,35 @@ def combine_launch(p: Problem) -> Launch:
 
 
 def _backward_tile(p: Problem) -> tuple[int, int, int]:
-    """As of the forward, with four results in the registers."""
+    """As of the forward, with four results and the operands of six products in the registers."""
     if p.narrow:
-        return 32, block(p.global_tokens, 32), block(p.width, 64)
-    return 16, block(p.global_tokens, 16), block(p.width, 32)
+        return 16, block(p.global_tokens, 32), block(p.width, 128)
+    return 16, 16, block(p.width, 32)
+
+
+def _backward_warps(p: Problem) -> int:
+    return 8 if (p.width > 64 if p.narrow else p.width <= 32) else 4
 
 
 def grad_local_launch(p: Problem) -> Launch:
-    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps=8)
+    warps = _backward_warps(p) if p.narrow else 8
+    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps, 1)
     launch.constants["GRAD_STRIDE"] = p.heads * p.width
     return launch
 
 
 def global_sums_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    tile, warps = _backward_tile(p), 8 if p.narrow else 4
-    launch, splits = _global_launch(p, co_attention_global_sums, tile, warps, chunks=1)
+    tile, warps = _backward_tile(p), _backward_warps(p)
+    launch, splits = _global_launch(p, co_attention_global_sums, tile, warps, 1, chunks=1)
     launch.constants["GRAD_STRIDE"] = p.heads * p.width
     return launch, splits
 
 
 def grad_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
-    tile, warps = _backward_tile(p), 8 if p.narrow else 4
-    launch, splits = _global_launch(p, co_attention_grad_global, tile, warps)
+    tile, warps = _backward_tile(p), _backward_warps(p)
+    launch, splits = _global_launch(p, co_attention_grad_global, tile, warps, 1)
     of_output = {name: p.of_output[name] for name in ("OUT_STRIDE", "OUT_STEP")}
     units = {"GRAD_STRIDE": p.heads * p.width, "UNITS": 4 if p.absorbed else 3}
     launch.constants.update(of_output | units)

@@ -51,7 +51,7 @@ def adjoint_launch(rows: int, channels: int) -> Launch:
     block_t = 2048 // block_n
     constants = {"CHANNELS": channels, "BLOCK_T": block_t, "BLOCK_N": block_n}
     programs = triton.cdiv(rows, block_t) * triton.cdiv(channels, block_n)
-    return Launch(upsample_concat_adjoint, programs, constants, warps=4, stages=1)
+    return Launch(upsample_concat_adjoint, programs, constants, warps=4, stages=1, registers=255)
 
 
 def _check(local: Tensor, global_: Tensor, weight: Tensor, **others: Tensor | None) -> Problem:
