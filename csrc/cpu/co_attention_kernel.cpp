@@ -189,9 +189,9 @@ void attend_to_local(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<
       const V factor = V::fill(shrink);
       for (int64_t c = 0; c < inner; c += V::size) (V::load(sum + c) * factor).store(sum + c);
     }
-    multiply<false, V, Product>(rows, inner, depth_of<T>(tile.count), {tile.scores, stride},
-        right_of<T>(values, layout.absorbed ? layout.local : layout.dim),
-        {sums + first * inner, inner}, {sums + first * inner, inner});
+    multiply_with<false, V, Product>(rows, inner, depth_of<T>(tile.count), {tile.scores, stride},
+        right_of<T>(values, layout.absorbed ? layout.local : layout.dim), From<V>{},
+        AddedTo<V>{{sums + first * inner, inner}, false});
   }
 }
 
