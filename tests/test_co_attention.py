@@ -3,39 +3,37 @@
 import pytest
 import torch
 from cases.co_attention import CASE, make
-from harness import exact_results, generator, inputs_on, run, sample
+from harness import (
+    assert_same_bits,
+    compare,
+    exact_results,
+    generator,
+    inputs_on,
+    mapped,
+    run,
+    sample,
+)
 from layouts import followed_by_nan
 from peak_memory import printed_by
 from torch.nn import functional as F
-from variants import gpu_mark, on_variants, variants
+from variants import OnDevice, on_variants, variants
 
 import dsnet_kernels
-from dsnet_kernels import BackendUnavailable, co_attention
+from dsnet_kernels import BackendUnavailable, co_attention, native
 from dsnet_kernels.backends import OPERATIONS
 from dsnet_kernels.co_attention import absorbs
 from dsnet_kernels.reference import co_attention as reference
+from dsnet_kernels.reference.co_attention import co_attend
+from dsnet_kernels.reference.common import attend
 from dsnet_kernels.reference.dropout import keep_mask
 
-
-def on(keep):
-    """Parametrizes by the variants to ``keep``."""
-    return pytest.mark.parametrize(
-        "variant",
-        [
-            pytest.param(variant, id=str(variant), marks=gpu_mark(variant))
-            for variant in variants(CASE.name)
-            if keep(variant)
-        ],
-    )
-
-
-on_every_variant = on_variants(CASE.name)
-on_every_kernel = on(lambda variant: variant.is_kernel)
-on_compiled_kernels = on(lambda variant: variant.is_compiled)
+on_every_kernel = on_variants(CASE.name, lambda variant: variant.is_kernel)
+on_compiled_kernels = on_variants(CASE.name, lambda variant: variant.is_compiled)
+on_sdpa = on_variants(CASE.name, lambda variant: not variant.is_kernel)
+FASTEST = {variant.backend: variant for variant in variants(CASE.name) if variant.is_compiled}
+on_the_cpu = on_variants(CASE.name, lambda variant: variant == FASTEST.get("cpu"))
+on_the_fastest = on_variants(CASE.name, lambda variant: variant in FASTEST.values())
 in_both_forms = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
-needs_cpu_library = pytest.mark.skipif(
-    dsnet_kernels.native.CPU.refusal is not None, reason="needs the CPU's library"
-)
 
 
 # Padded keys
@@ -53,7 +51,7 @@ def with_logits_around(inputs, logit):
     """
     dim = inputs["local_proj_weight"].shape[1]
     size = (abs(logit) / (dim // inputs["num_heads"]) ** 0.5) ** 0.5
-    shift = torch.tensor([size, -size, 0.0]).repeat_interleave(dim)
+    shift = inputs["local"].new_tensor([size, -size, 0.0]).repeat_interleave(dim)
     bias = inputs["global_qkv_bias"] + shift
     move = torch.linalg.pinv(inputs["local_qkv_weight"]) @ shift
     local = inputs["local"] + (move / inputs["local_scale"]).view(-1, 1, 1)
@@ -80,6 +78,20 @@ def test_keys_that_pad_a_tile_never_win(variant, logit, absorbed):
         for name, exact in oracle.items():
             error = (got[name].double() - exact).abs().max() / exact.abs().max()
             assert error <= tolerance, f"{name} of {local_tokens} × {tokens}: {error:.3g}"
+
+
+def test_a_padded_key_of_logit_zero_would_show():
+    """In both directions, by far more than the test above tolerates."""
+
+    def padded(q, k, v, first_head):
+        k, v = (F.pad(rows, (0, 0, 0, 1)) for rows in (k, v))
+        return attend(q, k, v, 0.0)
+
+    inputs, _ = sample(CASE, (1, 1, 9, 50, 2, 8, 72, 24), torch.float64)
+    inputs = with_logits_around(inputs, -100)
+    expected, found = reference(**inputs), co_attend(padded, **inputs, eps=1e-5)
+    for stream, other in zip(expected, found, strict=True):
+        assert (stream - other).abs().max() > 0.01 * stream.abs().max()
 
 
 # Dropout
@@ -155,9 +167,7 @@ def test_every_backend_draws_the_same_masks(variant, local_tokens, tokens, absor
 @on_every_kernel
 def test_masks_follow_the_seed_and_without_one_torchs_generator(variant, absorbed):
     options = {"dropout_p": 0.5, "absorbed": absorbed}
-    inputs = inputs_on(
-        variant.device, make(CASE.small[0], torch.float32, generator(0), **options)
-    )
+    inputs = inputs_on(variant.device, make(CASE.small[0], torch.float32, generator(0), **options))
 
     def call(**seed):
         with variant.active():
@@ -175,8 +185,167 @@ def test_masks_follow_the_seed_and_without_one_torchs_generator(variant, absorbe
             assert not torch.equal(first, other)
 
 
-@on(lambda variant: variant.backend == "sdpa")
+@on_sdpa
 def test_sdpa_refuses_dropout_with_the_reason(variant):
     inputs = inputs_on(variant.device, make(CASE.small[0], torch.float32, generator(0)))
     with variant.active(), pytest.raises(BackendUnavailable, match="a dropout mask of its own"):
         co_attention(**inputs, dropout_p=0.5)
+
+
+# Forms
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens", "width", "heads", "expected"),
+    [
+        ((56, 56), 49, 32, 1, True),
+        ((28, 28), 49, 64, 2, True),
+        ((14, 14), 49, 160, 5, False),
+        ((7, 7), 49, 256, 8, False),
+        ((200, 333), 1025, 32, 1, True),
+        ((100, 166), 1025, 64, 2, False),
+        ((50, 83), 1025, 160, 5, False),
+        ((25, 41), 1025, 256, 8, False),
+    ],
+)
+def test_stages_with_fewer_products_absorbed(grid, tokens, width, heads, expected):
+    """Those of the tiny network at 224 px, and of a detector at 800×1333."""
+    assert absorbs(grid[0] * grid[1], tokens, width, heads) is expected
+
+
+@on_every_kernel
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    list(zip(CASE.small, (False, True), strict=True)),
+    ids=["projected", "absorbed"],
+)
+def test_without_a_choice_the_form_is_that_of_fewer_products(variant, shape, expected):
+    _, height, width, tokens, heads, _, local_width, _ = shape
+    assert absorbs(height * width, tokens, local_width, heads) is expected
+    inputs, grads = sample(CASE, (1, *shape[1:]))
+    with variant.active():
+        default, absorbed, projected = (
+            run(CASE, variant, inputs | {"absorbed": form}, grads) for form in (None, True, False)
+        )
+    chosen, other = (absorbed, projected) if expected else (projected, absorbed)
+    assert_same_bits(default, chosen)
+    # Otherwise a form that is ignored would pass.
+    assert not all(torch.equal(default[name], value) for name, value in other.items())
+
+
+@on_compiled_kernels
+@in_both_forms
+def test_both_forms_are_within_budget_at_a_stage_where_they_cost_alike(variant, absorbed):
+    samples = [
+        sample(CASE, (1, 28, 28, 49, 2, 32, 64, 64), seed=seed, option={"absorbed": absorbed})
+        for seed in range(2)
+    ]
+    compare(CASE, variant, *samples)
+
+
+# Choice
+
+OPERATION = OPERATIONS[CASE.name]
+on_kernel_backends = pytest.mark.parametrize("backend", sorted(set(OPERATION.present) - {"sdpa"}))
+
+
+@on_kernel_backends
+@pytest.mark.parametrize(
+    ("grid", "tokens", "dim", "reason"),
+    [
+        ((3, 4), 9, 24, "the head dimension is 12; the kernel takes multiples of 8 up to 128"),
+        ((3, 4), 9, 272, "the head dimension is 136; the kernel takes multiples of 8 up to 128"),
+        ((0, 4), 9, 16, "a stream has no tokens"),
+        ((3, 0), 9, 16, "a stream has no tokens"),
+        ((3, 4), 0, 16, "a stream has no tokens"),
+        ((3, 4), 9, 16, None),
+    ],
+)
+def test_refusals_give_the_reason(monkeypatch, backend, grid, tokens, dim, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(dsnet_kernels.triton, "import_refusal", lambda: None)
+    streams = OnDevice(backend, (2, 12, *grid)), OnDevice(backend, (2, tokens, 20))
+    weight = OnDevice(backend, (12, dim))
+    found = OPERATION.can_run[backend](*streams, num_heads=2, local_proj_weight=weight)
+    assert found == reason
+
+
+@pytest.mark.skipif(native.CPU.refusal is not None, reason="needs the CPU's library")
+def test_auto_takes_the_kernel_on_the_cpu_and_sdpa_where_there_is_none():
+    def explain(grid=(3, 4), dim=16, **options):
+        return dsnet_kernels.explain(
+            CASE.name,
+            torch.zeros(2, 12, *grid),
+            torch.zeros(2, 9, 20),
+            num_heads=2,
+            local_proj_weight=torch.zeros(12, dim),
+            **options,
+        )
+
+    assert explain().chosen == "cpu"
+    assert explain(dropout_p=0.1).chosen == "cpu"
+    assert explain(dim=24).chosen == "sdpa"
+    assert explain(dim=24).refusals["cpu"].startswith("the head dimension is 12")
+    assert explain(dim=24, dropout_p=0.1).chosen == "reference"
+    assert explain(grid=(0, 4)).chosen == "sdpa"
+    assert explain(grid=(0, 4)).refusals["cpu"] == "a stream has no tokens"
+
+
+# Size
+
+PEAK = """
+def values(*shape):
+    return torch.empty(shape).uniform_(-1, 1)
+def run(rows, tokens):
+    def pixels():
+        # In its layout at once: a copy on the way would be part of the peak before.
+        return torch.empty(1, 32, rows, 333, memory_format=torch.channels_last).uniform_(-1, 1)
+    local, global_ = pixels().requires_grad_(), values(1, tokens, 32).requires_grad_()
+    grads = pixels(), values(1, tokens, 32)
+    qkv, proj = (values(96, 32), values(96)), (values(32, 32), values(32))
+    parameters = values(32), values(32), *qkv, *qkv, *proj, *proj
+    before = peak()
+    out = dsnet_kernels.co_attention(local, global_, 1, *parameters, backend="{backend}")
+    between = peak()
+    torch.autograd.grad(out, [local, global_], grads)
+    return between - before, peak() - between
+run(2, 65)
+print(*run({rows}, 1025))
+"""
+
+
+@on_the_cpu
+def test_memory_is_linear_in_the_local_tokens_and_holds_no_matrix_of_weights(variant, tmp_path):
+    """At the size of a detector's first stage, and at twice as many local tokens."""
+    matrix = 200 * 333 * 1025 * 4 // 1024
+    forward, backward = printed_by(PEAK.format(rows=200, backend=variant.backend), tmp_path)
+    twice_forward, twice_backward = printed_by(
+        PEAK.format(rows=400, backend=variant.backend), tmp_path
+    )
+    print(f"{forward} and {backward} KiB, then {twice_forward} and {twice_backward} KiB")
+    outputs = matrix * 32 // 1025
+    assert outputs < forward < matrix / 8
+    assert outputs < backward < matrix / 4
+    assert twice_forward < 2.2 * forward
+    assert twice_backward < 2.2 * backward
+
+
+@on_the_fastest
+@torch.no_grad()
+def test_more_than_2_to_the_31_pairs_of_tokens(variant):
+    rows, columns, tokens = 1100, 2000, 1025
+    assert rows * columns * tokens > 2**31
+    inputs = make((1, rows, columns, tokens, 1, 8, 8, 8), torch.float32, generator(0))
+    # Token after token another mean: one that is left out shows.
+    inputs["local"] += torch.linspace(0, 1, rows).view(-1, 1)
+    with variant.active():
+        local, global_ = co_attention(**inputs_on(variant.device, inputs))
+    exact = mapped(inputs, torch.Tensor.double)
+    ends = [0, -1]
+    # A token's result depends on itself and all of the other stream: in float64, of a few.
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    corners = exact["local"][:, :, ends][..., ends]
+    expected, _ = reference(**exact | {"local": corners})
+    torch.testing.assert_close(local.cpu()[:, :, ends][..., ends].double(), expected, **close)
+    _, expected = reference(**exact | {"global_": exact["global_"][:, ends]})
+    torch.testing.assert_close(global_.cpu()[:, ends].double(), expected, **close)

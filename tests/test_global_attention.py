@@ -8,7 +8,7 @@ from cases.global_attention import CASE, make
 from harness import compare, evaluate, generator, run, sample
 from layouts import followed_by_nan
 from peak_memory import printed_by
-from variants import gpu_mark, on_variants, variants
+from variants import OnDevice, on_variants
 
 import dsnet_kernels
 from dsnet_kernels import global_attention
@@ -18,14 +18,7 @@ from dsnet_kernels.reference.dropout import keep_mask, philox
 TOKENS = (9, 49, 50, 63, 64, 65)
 
 on_every_variant = on_variants("global_attention")
-on_every_kernel = pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(variant, id=str(variant), marks=gpu_mark(variant))
-        for variant in variants("global_attention")
-        if variant.is_kernel
-    ],
-)
+on_every_kernel = on_variants("global_attention", lambda variant: variant.is_kernel)
 
 
 def with_logits_around(inputs, logit):
@@ -74,22 +67,9 @@ KERNELS = sorted(set(OPERATION.present) - {"sdpa"})
 def test_other_head_dimensions_are_refused_with_the_reason(monkeypatch, backend, width, heads):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(dsnet_kernels.triton, "import_refusal", lambda: None)
-    reason = OPERATION.can_run[backend](OnDevice(backend, width), num_heads=heads)
+    reason = OPERATION.can_run[backend](OnDevice(backend, (1, 9, width)), num_heads=heads)
     expected = f"the head dimension is {width // heads}; the kernel takes multiples of 8 up to 128"
     assert reason == expected
-
-
-class OnDevice:
-    """What a check looks at of a tensor on the device of a backend."""
-
-    dtype = torch.float32
-
-    def __init__(self, backend, width):
-        self.device = torch.device("cpu" if backend == "cpu" else "cuda")
-        self.shape = (1, 9, width)
-
-    def get_device(self):
-        return 0
 
 
 # Dropout
