@@ -24,7 +24,12 @@ def printed_by(script: str, folder: Path) -> tuple[int, ...]:
     """
     done = subprocess.run(
         [sys.executable, "-c", PROLOGUE + script],
-        env={**os.environ, "PYTHONPATH": str(Path(dsnet_kernels.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(dsnet_kernels.__file__).parents[1]),
+            # Each thread has scratch of its own.
+            "OMP_NUM_THREADS": "2",
+        },
         # Not the repository: its sources must not hide an installed package.
         cwd=folder,
         capture_output=True,

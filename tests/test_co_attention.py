@@ -6,6 +6,7 @@ from cases.co_attention import CASE, make
 from harness import (
     assert_same_bits,
     compare,
+    evaluate,
     exact_results,
     generator,
     inputs_on,
@@ -291,6 +292,21 @@ def test_auto_takes_the_kernel_on_the_cpu_and_sdpa_where_there_is_none():
     assert explain(grid=(0, 4)).refusals["cpu"] == "a stream has no tokens"
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(("grid", "tokens"), [((0, 4), 9), ((3, 4), 0), ((0, 4), 0)])
+def test_a_stream_without_tokens_leaves_the_other_with_its_bias(backend, grid, tokens):
+    inputs, _ = sample(CASE, CASE.small[0])
+    local, global_ = torch.ones(2, 12, *grid), torch.ones(2, tokens, 20)
+    inputs |= {"local": local, "global_": global_, "backend": backend}
+    got = evaluate(co_attention, inputs, [local, global_])
+    assert torch.equal(got["out0"], local + inputs["local_proj_bias"].view(-1, 1, 1))
+    assert torch.equal(got["out1"], global_ + inputs["global_proj_bias"])
+    assert torch.equal(got["grad local"], local)
+    assert torch.equal(got["grad global_"], global_)
+    for name in ("local_qkv_weight", "global_qkv_weight", "global_norm_weight"):
+        assert not got[f"grad {name}"].any(), name
+
+
 # Size
 
 PEAK = """
@@ -314,18 +330,21 @@ print(*run({rows}, 1025))
 """
 
 
+def peaks(backend, rows, folder):
+    """KiB that the forward, and then the backward, add to the peak."""
+    return printed_by(PEAK.format(backend=backend, rows=rows), folder)
+
+
 @on_the_cpu
 def test_memory_is_linear_in_the_local_tokens_and_holds_no_matrix_of_weights(variant, tmp_path):
     """At the size of a detector's first stage, and at twice as many local tokens."""
     matrix = 200 * 333 * 1025 * 4 // 1024
-    forward, backward = printed_by(PEAK.format(rows=200, backend=variant.backend), tmp_path)
-    twice_forward, twice_backward = printed_by(
-        PEAK.format(rows=400, backend=variant.backend), tmp_path
-    )
+    forward, backward = peaks(variant.backend, 200, tmp_path)
+    twice_forward, twice_backward = peaks(variant.backend, 400, tmp_path)
     print(f"{forward} and {backward} KiB, then {twice_forward} and {twice_backward} KiB")
-    outputs = matrix * 32 // 1025
-    assert outputs < forward < matrix / 8
-    assert outputs < backward < matrix / 4
+    stream = 200 * 333 * 32 * 4 // 1024
+    assert stream < forward < matrix / 8
+    assert stream < backward < matrix / 4
     assert twice_forward < 2.2 * forward
     assert twice_backward < 2.2 * backward
 
