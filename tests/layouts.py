@@ -52,6 +52,12 @@ def at_offset(x: Tensor, offset: int) -> Tensor:
     return memory.as_strided(x.shape, x.stride(), offset).copy_(x)
 
 
+def followed_by_nan(x: Tensor) -> Tensor:
+    """In the layout of x, before more NaN than a kernel's tile holds."""
+    memory = x.new_full((x.numel() + 4096,), float("nan"))
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
+
+
 def apart(x: Tensor, distance: int) -> Tensor:
     """Images ``distance`` elements apart; the memory between them is never touched."""
     memory = torch.empty((x.shape[0] - 1) * distance + x[0].numel(), dtype=x.dtype, device=x.device)

@@ -1,14 +1,10 @@
 """upsample_concat beyond what every operation is held to: grids, positions, memory, choice."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases.upsample_concat import CASE
 from harness import compare, placed, run, sample
+from peak_memory import printed_by
 from torch.nn import functional as F
 from variants import on_variants
 
@@ -81,11 +77,6 @@ def test_results_are_channels_last(variant):
 # Memory and choice
 
 PEAK = """
-import torch, dsnet_kernels
-def peak():
-    # Not getrusage's, which begins at the parent's.
-    lines = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0])
 def run(size):
     def pixels(channels, size):
         # In its layout at once: a copy on the way would be part of the peak before.
@@ -108,16 +99,7 @@ MAP = 8 * 1024**2 * 4 // 1024
 
 def peaks(backend, folder):
     """KiB that the forward, and then the backward, add to the peak."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK.format(backend=backend)],
-        env={**os.environ, "PYTHONPATH": str(Path(dsnet_kernels.__file__).parents[1])},
-        # Not the repository: its sources must not hide an installed package.
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return tuple(int(value) for value in done.stdout.split())
+    return printed_by(PEAK.format(backend=backend), folder)
 
 
 @pytest.mark.skipif(dsnet_kernels.native.CPU.refusal is not None, reason="needs the CPU's library")

@@ -1,6 +1,6 @@
 """What an operation can be run on here: backends, instruction sets, and stand-ins for a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -121,10 +121,26 @@ def gpu_mark(variant: Variant) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.gpu,) if variant.device == "cuda" else ()
 
 
-def on_variants(operation: str) -> pytest.MarkDecorator:
-    """Parametrizes a test of one operation by ``variant``."""
+def on_variants(
+    operation: str, keep: Callable[[Variant], bool] = lambda variant: True
+) -> pytest.MarkDecorator:
+    """Parametrizes a test of one operation by each ``variant`` to keep."""
     parameters = [
         pytest.param(variant, id=str(variant), marks=gpu_mark(variant))
         for variant in variants(operation)
+        if keep(variant)
     ]
     return pytest.mark.parametrize("variant", parameters)
+
+
+class OnDevice:
+    """What a check looks at of a float32 tensor on the device of a backend, there or not."""
+
+    dtype = torch.float32
+
+    def __init__(self, backend: str, shape: tuple[int, ...]) -> None:
+        self.device = torch.device("cpu" if backend == "cpu" else "cuda")
+        self.shape = shape
+
+    def get_device(self) -> int:
+        return 0
