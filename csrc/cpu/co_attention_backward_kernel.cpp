@@ -22,20 +22,27 @@ inline void differentiate_columns(int64_t rows, Acc* scores, Acc* grads, int64_t
     inverse[r] = V::load(inverses + r * V::size);
     delta[r] = V::zero();
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    const V b = V::fill(bias[m]);
+  for (int64_t first = 0; first < rows; first += sum_block) {
+    V part[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = m * stride + r * V::size;
-      const V weight = exp(V::load(scores + at) + b - maximum[r]) * inverse[r];
-      V grad = V::load(grads + at);
-      if (kept != nullptr) {
-        grad = grad * V::load(kept + at);
-        grad.store(grads + at);
+    for (int r = 0; r < R; ++r) part[r] = V::zero();
+    for (int64_t m = first; m < smaller(first + sum_block, rows); ++m) {
+      const V b = V::fill(bias[m]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = m * stride + r * V::size;
+        const V weight = exp(V::load(scores + at) + b - maximum[r]) * inverse[r];
+        V grad = V::load(grads + at);
+        if (kept != nullptr) {
+          grad = grad * V::load(kept + at);
+          grad.store(grads + at);
+        }
+        part[r] = fma(weight, grad, part[r]);
+        weight.store(scores + at);
       }
-      delta[r] = fma(weight, grad, delta[r]);
-      weight.store(scores + at);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) delta[r] = delta[r] + part[r];
   }
   for (int64_t m = 0; m < rows; ++m) {
 #pragma GCC unroll 8

@@ -24,15 +24,22 @@ inline void soften_columns(
       largest[r] = larger(largest[r], V::load(scores + m * stride + r * V::size) + b);
     }
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    const V b = V::fill(bias[m]);
+  for (int64_t first = 0; first < rows; first += sum_block) {
+    V part[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      Acc* score = scores + m * stride + r * V::size;
-      const V weight = exp(V::load(score) + b - largest[r]);
-      total[r] = total[r] + weight;
-      weight.store(score);
+    for (int r = 0; r < R; ++r) part[r] = V::zero();
+    for (int64_t m = first; m < smaller(first + sum_block, rows); ++m) {
+      const V b = V::fill(bias[m]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Acc* score = scores + m * stride + r * V::size;
+        const V weight = exp(V::load(score) + b - largest[r]);
+        part[r] = part[r] + weight;
+        weight.store(score);
+      }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] = total[r] + part[r];
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {

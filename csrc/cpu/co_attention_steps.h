@@ -8,6 +8,10 @@
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 
+// Terms of a sum over global tokens that are added one after the other: of more, each such block
+// has a sum of its own.
+constexpr int64_t sum_block = 64;
+
 // A call's memory with its types.
 template <typename T>
 struct CoCall {
