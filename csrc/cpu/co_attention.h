@@ -177,7 +177,7 @@ struct CoAttentionForward : CoAttentionCall {
 // A sum over tokens of products: out (rows, columns) = factor · leftᵀ·right, and of left itself.
 struct TokenProduct {
   static constexpr int64_t row_block = 28;  // of a task
-  static constexpr int64_t depth = 448;     // tokens summed at a time
+  static constexpr int64_t depth = 128;     // tokens summed at a time
   const void* left;                         // (tokens, left_stride), as stored or accumulators
   const void* right;                        // (tokens, right_stride) accumulators
   void* out;                                // rows at out_stride
