@@ -87,7 +87,19 @@ def test_stages_of_the_published_network():
 
 def test_every_operation_with_a_kernel_has_a_case():
     with_kernel = {op.name for op in dsnet_kernels.backends.OPERATIONS.values() if op.present}
-    assert with_kernel <= {case.operation for case in cases.CASES}
+    assert with_kernel <= {name for case in cases.CASES for name in case.operations}
+
+
+def test_co_attention_work_by_hand():
+    stage = cases.stages("dsnet_tiny", 8, (224, 224))[0]
+    pixels, tokens, width = 56 * 56, 7 * 7, 32
+    local_macs = pixels * (3 * width * width + width * width)
+    global_macs = tokens * (3 * width * width + width * width)
+    macs = 8 * (local_macs + global_macs + 4 * pixels * tokens * width)
+    elements = 8 * width * (pixels + tokens)
+    case = named("co_attention")
+    assert case.work(stage, torch.float32, False) == (2 * macs, 2 * 4 * elements)
+    assert case.work(stage, torch.bfloat16, True) == (6 * macs, 5 * 2 * elements)
 
 
 def test_depthwise_work_by_hand():
@@ -112,7 +124,12 @@ def test_inputs_are_random_reproducible_and_channels_last(case):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    ("case", "name"), [(case, name) for case in cases.CASES for name in case.offered], ids=str
+    ("case", "name"),
+    [
+        pytest.param(case, name, id=f"{case.operation}-{case.use}-{name}")
+        for case in cases.CASES
+        for name in case.offered
+    ],
 )
 def test_contenders_compute_the_same(case, name, backward, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -120,9 +137,28 @@ def test_contenders_compute_the_same(case, name, backward, monkeypatch):
     values = ops.baseline(name, case, inputs).values()
     expected = ops.ours("reference", case, inputs).values()
     assert list(values) == list(expected)
-    assert len(values) == (1 + len(inputs.tensors) if backward else 1)
+    outputs = 2 if case.operation == "co_attention" else 1
+    assert len(values) == (outputs + len(inputs.tensors) if backward else outputs)
     for key, value in values.items():
         torch.testing.assert_close(value, expected[key])
+
+
+def named(operation):
+    return next(case for case in cases.CASES if case.operation == operation)
+
+
+def test_alignment_is_co_attention_then_upsample_concat():
+    case, stage = named("alignment"), STAGES[0]
+    inputs = ops.make_inputs(case, stage, torch.float64, False)
+    tensors = dict(inputs.tensors)
+    residual, weight, bias = (tensors.pop(name) for name in ("residual", "weight", "bias"))
+    local, tokens = reference.co_attention(num_heads=stage.num_heads, **tensors)
+    rows, columns = stage.global_grid
+    global_ = tokens.reshape(stage.batch, rows, columns, -1).permute(0, 3, 1, 2)
+    expected = reference.upsample_concat(local, global_, weight, bias, residual)
+    entry = ops.ours("reference", case, inputs)
+    torch.testing.assert_close(entry.values()["out 0"], expected)
+    assert entry.chosen == {"co_attention": "reference", "upsample_concat": "reference"}
 
 
 def test_unknown_baseline_is_refused():

@@ -53,7 +53,7 @@ def main() -> int:
     device = parser.parse_args().device
     count = 0
     for case in CASES:
-        available = dsnet_kernels.available_backends(case.operation)
+        available = case.available_backends()
         for backend in (name for name in BACKENDS[device] if name in available):
             for stage in small_stages():
                 for dtype in DTYPES:
