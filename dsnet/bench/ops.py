@@ -140,6 +140,7 @@ def op_row(
     backends: Sequence[str],
     baselines: Sequence[str] | None = None,
     budget: float | None = None,
+    memory: bool = False,
 ) -> Row:
     """Times ``case`` at ``stage``, the forward alone or forward and backward."""
     inputs = make_inputs(case, stage, dtype, backward)
@@ -165,6 +166,7 @@ def op_row(
             judge,
             budget=BUDGET if budget is None else budget,
             roof=partial(torch.empty_like(leading).copy_, leading),
+            memory=memory,
             kind="op",
             subject=case.operation,
             use=f"{case.use}: {case.formula}",
