@@ -229,10 +229,13 @@ def test_explain_reports_where_nothing_can_run():
 
 
 def test_explain_agrees_with_every_registered_operation():
-    leading = {"x": torch.zeros(1, 4, 5, 5), "local": X, "global_": X}
+    streams = {"local": torch.zeros(1, 4, 5, 5), "global_": torch.zeros(1, 4, 2, 2)}
+    leading = {"x": torch.zeros(1, 4, 5, 5), **streams}
     assert len(backends.OPERATIONS) > 5
     for name, operation in backends.OPERATIONS.items():
         tensors = [leading[argument] for argument in operation.tensors]
+        if name == "co_attention":
+            tensors[1] = tensors[1].flatten(2).transpose(1, 2)
         explanation = dsnet_kernels.explain(name, *tensors)
         assert explanation.chosen == select(operation, None, *tensors)
         assert explanation.chosen not in explanation.refusals

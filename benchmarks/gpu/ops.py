@@ -9,10 +9,9 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-import dsnet_kernels
 from dsnet.bench.cases import CASES, Case, Stage, stages
 from dsnet.bench.check import Check, both, check_directions, check_errors
-from dsnet.bench.ops import Inputs, baseline, explain, make_inputs, ours
+from dsnet.bench.ops import Inputs, as_tuple, baseline, explain, make_inputs, ours
 from dsnet.bench.report import Row
 from dsnet.bench.row import EAGER_BASELINES, Contender, run_row
 
@@ -40,8 +39,8 @@ class BackwardInputs(Inputs):
         forward = cache(lambda stream: function(**leaves, **self.constants))
 
         def backward() -> Sequence[Tensor]:
-            out = forward(_stream(self.grad))
-            return torch.autograd.grad(out, wanted, self.grad, retain_graph=True)
+            outputs = as_tuple(forward(_stream(self.grads[0])))
+            return torch.autograd.grad(outputs, wanted, self.grads, retain_graph=True)
 
         return backward
 
@@ -92,12 +91,12 @@ def op_rows(
     """Two rows of the same work: launched call by call, and replayed as a graph."""
     inputs = make_inputs(case, stage, dtype, backward).map(lambda value: value.to(device))
     if backward:
-        inputs = BackwardInputs(inputs.tensors, inputs.constants, inputs.grad)
+        inputs = BackwardInputs(inputs.tensors, inputs.constants, inputs.grads)
     leading = inputs.tensors[case.activations[0]]
     exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     contenders = [baseline(name, case, inputs) for name in case.baselines]
     contenders.append(native(case, inputs))
-    backends = our_backends(case.operation, device)
+    backends = our_backends(case, device)
     contenders += [ours(name, case, inputs) for name in backends]
     flops, elements = (part(stage)[int(backward)] for part in (case.flops, case.elements))
     with torch.inference_mode(not backward):
@@ -133,11 +132,11 @@ def op_rows(
         return [row(contenders, ""), row(graphs, GRAPH)]
 
 
-def our_backends(operation: str, device: str) -> Sequence[str]:
+def our_backends(case: Case, device: str) -> Sequence[str]:
     """On a GPU its two, usable or not: the row says what is against one. The CPU stands in."""
     if device == "cuda":
         return BACKENDS
-    available = dsnet_kernels.available_backends(operation)
+    available = case.available_backends()
     return [next(name for name in ("cpu", "reference") if name in available)]
 
 
@@ -165,5 +164,9 @@ def graphed(contender: Contender, inputs: Inputs, device: str) -> Contender:
 
 
 def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
-    found = explain(case, inputs, list(backends))
-    return tuple(f"{n}: {found.refusals[n]}" for n in backends if n in found.refusals)
+    return tuple(
+        f"{operation}, {name}: {found.refusals[name]}"
+        for operation, found in explain(case, inputs, list(backends))
+        for name in backends
+        if name in found.refusals
+    )

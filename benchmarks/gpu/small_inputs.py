@@ -2,13 +2,15 @@
 
 Forward and backward of each operation on each of its kernel backends, in float32 and bfloat16, on
 small stages of the network and on one of odd sizes with channels that fill no vector; attention
-also on both sides of the number of tokens, and of head dimensions, where its kernels change.
+also on both sides of the number of tokens, and of head dimensions, where its kernels change;
+co-attention also in either form, with dropout.
 """
 
 import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +29,14 @@ def small_stages() -> list[Stage]:
     odd = dataclasses.replace(regular[0], channels=34, local_channels=17, grid=(5, 9))
     return [*regular, odd]
 
+
+# Beside the case's own arguments.
+OPTIONS = {
+    "co_attention": (
+        {"absorbed": True, "dropout_p": 0.1},
+        {"absorbed": False, "dropout_p": 0.1},
+    )
+}
 
 # Batch, tokens, heads, head dimension, dropout.
 ATTENTION = ((2, 9, 2, 8, 0.0), (2, 49, 2, 32, 0.1), (1, 70, 2, 40, 0.1), (1, 65, 1, 128, 0.0))
@@ -53,16 +63,21 @@ def main() -> int:
     device = parser.parse_args().device
     count = 0
     for case in CASES:
-        available = dsnet_kernels.available_backends(case.operation)
-        for backend in (name for name in BACKENDS[device] if name in available):
-            for stage in small_stages():
-                for dtype in DTYPES:
-                    inputs = make_inputs(case, stage, dtype, backward=True)
-                    inputs = inputs.map(lambda value: value.to(device))
-                    values = ours(backend, case, inputs).values()
-                    if not all(torch.isfinite(value).all() for value in values.values()):
-                        raise RuntimeError(f"{case.operation} {backend} {stage}: not finite")
-                    count += 1
+        available = case.available_backends()
+        variants = product(
+            [name for name in BACKENDS[device] if name in available],
+            small_stages(),
+            DTYPES,
+            ({}, *OPTIONS.get(case.operation, ())),
+        )
+        for backend, stage, dtype, options in variants:
+            inputs = make_inputs(case, stage, dtype, backward=True)
+            inputs = inputs.map(lambda value: value.to(device))
+            inputs = dataclasses.replace(inputs, constants={**inputs.constants, **options})
+            values = ours(backend, case, inputs).values()
+            if not all(torch.isfinite(value).all() for value in values.values()):
+                raise RuntimeError(f"{case.operation} {backend} {stage} {options}: not finite")
+            count += 1
     available = dsnet_kernels.available_backends("global_attention")
     for backend in (name for name in BACKENDS[device] if name in available):
         for shape in ATTENTION:

@@ -4,8 +4,9 @@ One entry of :data:`CASES` adds an operation, or another use of one; the stages 
 the image size give its shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 from dsnet.block import stream_widths
 from dsnet.model import REDUCTIONS
 from dsnet.variants import PAPER_REDUCTION, VARIANTS
+from dsnet_kernels import available_backends
+from dsnet_kernels.backends import OPERATIONS
 
 from .row import BASELINES, EAGER_BASELINES, SDPA
 
 Shapes = Mapping[str, tuple[int, ...]]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,33 @@ def stages(model: str, batch: int, size: tuple[int, int]) -> list[Stage]:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One use of one operation.
+class Call:
+    """What the choice of a backend looks at in one call.
 
     Args:
         operation: name in ``dsnet_kernels``.
+        tensors: those that the operation is dispatched on.
+        options: the other arguments that bear on the choice.
+    """
+
+    operation: str
+    tensors: Sequence[Tensor]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of one operation, or of several in turn.
+
+    Args:
+        operation: name in ``dsnet_kernels``; of several operations, what they are together.
         use: what distinguishes this use, in a word.
         formula: what it computes.
         shapes: of the tensor arguments at a stage, by name.
         activations: those of them that are activations, the first one the largest; the others are
             parameters.
         constants: the other arguments at a stage.
-        options: those of them that bear on the choice of a backend.
+        options: arguments that bear on the choice of a backend.
         flops: of the forward and of the backward; a multiplication and an addition are two.
         elements: read and written by the forward and by the backward, each activation once.
         baselines: compared with unless the user names others.
@@ -77,6 +96,29 @@ class Case:
     options: tuple[str, ...] = ()
     baselines: tuple[str, ...] = BASELINES
     offered: tuple[str, ...] = BASELINES
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations that :meth:`function` consists of."""
+        return (self.operation,)
+
+    def available_backends(self) -> list[str]:
+        """Those that are here for each of its operations."""
+        first, *others = map(available_backends, self.operations)
+        return [name for name in first if all(name in found for found in others)]
+
+    def function(self, find: Callable[[str], Function]) -> Function:
+        """What is timed, with ``find`` giving an operation by its name."""
+        return find(self.operation)
+
+    def calls(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> Iterator[Call]:
+        """The operations that :meth:`function` calls with these arguments."""
+        arguments = {**tensors, **constants}
+        yield Call(
+            self.operation,
+            [tensors[name] for name in OPERATIONS[self.operation].tensors],
+            {name: arguments[name] for name in self.options},
+        )
 
     def tensors(self, stage: Stage, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         """Random arguments rounded to ``dtype``, 4-D activations in ``channels_last``."""
@@ -96,6 +138,45 @@ class Case:
         """(FLOPs, bytes) of the forward, or of forward and backward together."""
         parts = 2 if backward else 1
         return sum(self.flops(stage)[:parts]), sum(self.elements(stage)[:parts]) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Alignment(Case):
+    """co_attention, then upsample_concat of both new streams, as in the block."""
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return "co_attention", "upsample_concat"
+
+    def function(self, find: Callable[[str], Function]) -> Function:
+        return partial(_align, *map(find, self.operations))
+
+    def calls(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> Iterator[Call]:
+        local, tokens = tensors["local"], tensors["global_"]
+        arguments = {**tensors, **constants}
+        options = {name: arguments[name] for name in self.options}
+        yield Call("co_attention", (local, tokens), options)
+        yield Call("upsample_concat", (local, _to_grid(tokens, constants["global_grid"])), {})
+
+
+def _align(
+    co_attention: Function,
+    upsample_concat: Function,
+    *,
+    residual: Tensor,
+    local: Tensor,
+    global_: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    global_grid: tuple[int, int],
+    **attention: Any,
+) -> Tensor:
+    local, tokens = co_attention(local, global_, **attention)
+    return upsample_concat(local, _to_grid(tokens, global_grid), weight, bias, residual)
+
+
+def _to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def _depthwise_shapes(batch: int, channels: int, grid: tuple[int, int], affine: bool) -> Shapes:
@@ -130,11 +211,38 @@ def _attention_flops(s: Stage) -> int:
     return s.batch * (6 * tokens * width**2 + 4 * tokens**2 * width)
 
 
+def _co_attention_shapes(s: Stage) -> Shapes:
+    dim, local, global_ = s.global_channels, s.local_channels, s.global_channels
+    return {
+        "local": (s.batch, local, *s.grid),
+        "global_": (s.batch, _tokens(s), global_),
+        "global_norm_weight": (global_,),
+        "global_norm_bias": (global_,),
+        "local_qkv_weight": (3 * dim, local),
+        "local_qkv_bias": (3 * dim,),
+        "global_qkv_weight": (3 * dim, global_),
+        "global_qkv_bias": (3 * dim,),
+        "local_proj_weight": (local, dim),
+        "local_proj_bias": (local,),
+        "global_proj_weight": (global_, dim),
+        "global_proj_bias": (global_,),
+        "local_scale": (local,),
+        "local_shift": (local,),
+    }
+
+
+def _co_attention_flops(s: Stage) -> int:
+    """Of the forward's products as the equations have them: projections, scores, weighted sums."""
+    dim = s.global_channels
+    scores = _pixels(s) * _tokens(s) * dim
+    return 8 * dim * _streams(s) + 8 * scores
+
+
 def _mixing_shapes(s: Stage) -> Shapes:
     return {
         "local": (s.batch, s.local_channels, *s.grid),
         "global_": (s.batch, s.global_channels, *s.global_grid),
-        "weight": (s.channels, s.channels),
+        "weight": (s.channels, s.local_channels + s.global_channels),
         "bias": (s.channels,),
         "residual": (s.batch, s.channels, *s.grid),
     }
@@ -150,12 +258,20 @@ def _streams(s: Stage) -> int:
     return _pixels(s) * s.local_channels + s.batch * _tokens(s) * s.global_channels
 
 
+def _alignment_shapes(s: Stage) -> Shapes:
+    """The global stream as tokens, which co_attention takes and the block has."""
+    mixing, attention = _mixing_shapes(s), _co_attention_shapes(s)
+    return {name: mixing[name] for name in ("residual", "weight", "bias")} | attention
+
+
 # Depthwise 3×3 per element: 9 MACs, bias included, + 2 of the affine + 1 of the residual; in the
 # backward as many MACs for grad x and for grad weight each. Read x, write the output; backward:
 # read the output's gradient and x, write x's gradient. Attention: products alone, twice as many in
-# the backward (what it recomputes is its own affair); reads and writes as above. Mixing: the same,
-# the residual read in the forward, its gradient that of the output.
-CASES = (
+# the backward (what it recomputes is its own affair); reads and writes as above. Co-attention: the
+# same of both streams. Mixing: the same, the residual read in the forward, its gradient that of the
+# output. The alignment: the products of both operations, and what it has from outside, as in
+# mixing; the streams between them count as never stored.
+CASES: tuple[Case, ...] = (
     Case(
         operation="depthwise_conv3x3",
         use="local",
@@ -193,6 +309,19 @@ CASES = (
         ),
     ),
     Case(
+        operation="co_attention",
+        use="exchange",
+        formula="both streams x: x + MHA(queries of x; keys and values of the other)",
+        shapes=_co_attention_shapes,
+        activations=("local", "global_"),
+        constants=lambda s: {"num_heads": s.num_heads},
+        options=("num_heads", "local_proj_weight"),
+        baselines=(*EAGER_BASELINES, SDPA),
+        offered=(*BASELINES, SDPA),
+        flops=lambda s: (_co_attention_flops(s), 2 * _co_attention_flops(s)),
+        elements=lambda s: (2 * _streams(s), 3 * _streams(s)),
+    ),
+    Case(
         operation="upsample_concat",
         use="mixing",
         formula="residual + conv1×1(concat[local, bilinear(global_)])",
@@ -200,6 +329,22 @@ CASES = (
         activations=("residual", "local", "global_"),
         baselines=EAGER_BASELINES,
         flops=lambda s: (_mixing_flops(s), 2 * _mixing_flops(s)),
+        elements=lambda s: (
+            _streams(s) + 2 * _pixels(s) * s.channels,
+            2 * _streams(s) + _pixels(s) * s.channels,
+        ),
+    ),
+    Alignment(
+        operation="alignment",
+        use="both",
+        formula="co_attention, then upsample_concat",
+        shapes=_alignment_shapes,
+        activations=("residual", "local", "global_"),
+        constants=lambda s: {"num_heads": s.num_heads, "global_grid": s.global_grid},
+        options=("num_heads", "local_proj_weight"),
+        baselines=(*EAGER_BASELINES, SDPA),
+        offered=(*BASELINES, SDPA),
+        flops=lambda s: tuple(n * (_co_attention_flops(s) + _mixing_flops(s)) for n in (1, 2)),
         elements=lambda s: (
             _streams(s) + 2 * _pixels(s) * s.channels,
             2 * _streams(s) + _pixels(s) * s.channels,

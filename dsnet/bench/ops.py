@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dsnet_kernels
 from dsnet_kernels import reference
 
-from .cases import Case, Stage
+from .cases import Case, Function, Stage
 from .check import Check, both, check_directions, check_errors
 from .report import Row
 from .row import BASELINES, SDPA, Contender, run_row
@@ -19,42 +19,46 @@ from .row import BASELINES, SDPA, Contender, run_row
 BUDGET = 0.5
 """Seconds of timing per row."""
 
-Function = Callable[..., Tensor]
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of an operation by name, and its output's gradient, None for the forward alone."""
+    """Arguments of an operation by name, and its outputs' gradients, None for the forward alone."""
 
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, Any]
-    grad: Tensor | None
+    grads: tuple[Tensor, ...] | None
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same numbers in another layout or dtype."""
         tensors = {name: convert(value) for name, value in self.tensors.items()}
-        grad = None if self.grad is None else convert(self.grad)
-        return replace(self, tensors=tensors, grad=grad)
+        grads = None if self.grads is None else tuple(map(convert, self.grads))
+        return replace(self, tensors=tensors, grads=grads)
 
     def bind(self, function: Function) -> Callable[[], Sequence[Tensor]]:
-        """``function`` on these arguments, ready to be timed; returns output and gradients."""
+        """``function`` on these arguments, ready to be timed; returns outputs and gradients."""
         function = partial(function, **self.constants)
-        if self.grad is None:
+        if self.grads is None:
             call = partial(function, **self.tensors)
-            return lambda: (call(),)
+            return lambda: as_tuple(call())
         leaves = {name: value.detach().requires_grad_() for name, value in self.tensors.items()}
-        wanted, grad = list(leaves.values()), self.grad
+        wanted, grads = list(leaves.values()), self.grads
 
         def forward_backward() -> Sequence[Tensor]:
-            out = function(**leaves)
-            return out, *torch.autograd.grad(out, wanted, grad)
+            outputs = as_tuple(function(**leaves))
+            return *outputs, *torch.autograd.grad(outputs, wanted, grads)
 
         return forward_backward
 
     def values(self, call: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
         """What ``call`` of :meth:`bind` computes, by name."""
-        names = ["out"] if self.grad is None else ["out", *(f"grad {n}" for n in self.tensors)]
-        return dict(zip(names, (value.detach() for value in call()), strict=True))
+        found = [value.detach() for value in call()]
+        gradients = [] if self.grads is None else [f"grad {name}" for name in self.tensors]
+        outputs = [f"out {i}" for i in range(len(found) - len(gradients))]
+        return dict(zip([*outputs, *gradients], found, strict=True))
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def make_inputs(
@@ -64,11 +68,16 @@ def make_inputs(
     tensors, constants = case.tensors(stage, dtype, seed), case.constants(stage)
     if not backward:
         return Inputs(tensors, constants, None)
-    with torch.no_grad():
-        out = getattr(reference, case.operation)(**tensors, **constants)
-    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1))
-    grad = torch.empty_like(tensors[case.activations[0]], dtype=out.dtype).copy_(noise)
-    return Inputs(tensors, constants, grad)
+    function = case.function(partial(getattr, reference))
+    # For the outputs' shapes alone.
+    outputs = function(**{name: t.to("meta") for name, t in tensors.items()}, **constants)
+    generator = torch.Generator().manual_seed(seed + 1)
+    grads = (torch.randn(out.shape, generator=generator).to(dtype) for out in as_tuple(outputs))
+    return Inputs(tensors, constants, tuple(map(_channels_last, grads)))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
@@ -77,13 +86,13 @@ def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
     Raises:
         ValueError: for an unknown name.
     """
-    function = getattr(reference, case.operation)
+    function = case.function(partial(getattr, reference))
     if name == "eager_nchw":
         inputs = inputs.map(Tensor.contiguous)
     elif name == "compile":
         function = _compiled(function, case.activations, inputs)
     elif name == SDPA:
-        function = partial(getattr(dsnet_kernels, case.operation), backend=SDPA)
+        function = case.function(_with_sdpa)
     elif name != "eager_channels_last":
         raise ValueError(f"baselines: expected {', '.join((*BASELINES, SDPA))}, got {name!r}")
     call = inputs.bind(function)
@@ -94,20 +103,32 @@ def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
 
 def ours(backend: str, case: Case, inputs: Inputs) -> Contender:
     """The public operation on ``backend``."""
-    function = getattr(dsnet_kernels, case.operation)
-    call = inputs.bind(partial(function, backend=backend))
-    chosen = {case.operation: explain(case, inputs, backend).chosen or "none"}
+    call = inputs.bind(case.function(partial(_operation, backend=backend)))
+    chosen = {name: found.chosen or "none" for name, found in explain(case, inputs, backend)}
     return Contender(backend, "ours", call, partial(inputs.values, call), chosen=chosen)
 
 
 def explain(
     case: Case, inputs: Inputs, backend: str | Sequence[str]
-) -> dsnet_kernels.backends.Explanation:
-    """Which backend runs ``case`` on these arguments, and why not the others."""
-    names = dsnet_kernels.backends.OPERATIONS[case.operation].tensors
-    leading = [inputs.tensors[name] for name in names]
-    options = {name: inputs.constants[name] for name in case.options}
-    return dsnet_kernels.explain(case.operation, *leading, backend=backend, **options)
+) -> list[tuple[str, dsnet_kernels.backends.Explanation]]:
+    """Which backend runs each operation of ``case`` on these arguments, and why not the others."""
+    return [
+        (
+            call.operation,
+            dsnet_kernels.explain(call.operation, *call.tensors, backend=backend, **call.options),
+        )
+        for call in case.calls(inputs.tensors, inputs.constants)
+    ]
+
+
+def _operation(name: str, backend: str) -> Function:
+    return partial(getattr(dsnet_kernels, name), backend=backend)
+
+
+def _with_sdpa(name: str) -> Function:
+    """The operation on torch's SDPA, or as the reference has it where there is no attention."""
+    has_sdpa = SDPA in dsnet_kernels.available_backends(name)
+    return _operation(name, SDPA if has_sdpa else "reference")
 
 
 def op_row(
@@ -119,6 +140,7 @@ def op_row(
     backends: Sequence[str],
     baselines: Sequence[str] | None = None,
     budget: float | None = None,
+    memory: bool = False,
 ) -> Row:
     """Times ``case`` at ``stage``, the forward alone or forward and backward."""
     inputs = make_inputs(case, stage, dtype, backward)
@@ -144,6 +166,7 @@ def op_row(
             judge,
             budget=BUDGET if budget is None else budget,
             roof=partial(torch.empty_like(leading).copy_, leading),
+            memory=memory,
             kind="op",
             subject=case.operation,
             use=f"{case.use}: {case.formula}",
@@ -160,11 +183,12 @@ def op_row(
 def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
     if "auto" not in backends:
         return ()
-    found = explain(case, inputs, "auto")
-    if found.chosen != "reference":
-        return ()
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refusals.items())
-    return (f"auto runs {case.operation} as the reference itself ({reasons})",)
+    return tuple(
+        f"auto runs {name} as the reference itself"
+        f" ({'; '.join(f'{other}: {reason}' for other, reason in found.refusals.items())})"
+        for name, found in explain(case, inputs, "auto")
+        if found.chosen == "reference"
+    )
 
 
 class _Frozen(nn.Module):
@@ -176,14 +200,14 @@ class _Frozen(nn.Module):
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, activations: dict[str, Tensor]) -> Tensor:
+    def forward(self, activations: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         return self.function(**activations, **dict(self.named_parameters()))
 
 
 def _compiled(function: Function, activations: Sequence[str], inputs: Inputs) -> Function:
     # Every row compiles the same code objects: without this, Dynamo's recompilation limit ends it.
     torch._dynamo.reset()
-    if inputs.grad is not None:
+    if inputs.grads is not None:
         return torch.compile(function, fullgraph=True, dynamic=False)
     parameters = {k: v for k, v in inputs.tensors.items() if k not in activations}
     compiled = torch.compile(

@@ -35,6 +35,7 @@ class Result:
         chosen: the backend behind each operation.
         ratio: best baseline's time over this one's; None without a passed check.
         ratio_interval: its 95 % confidence interval.
+        peak_bytes: by :func:`.memory.peak_memory`; None where it was not measured.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Result:
     chosen: dict[str, str] = dataclasses.field(default_factory=dict)
     ratio: float | None = None
     ratio_interval: tuple[float, float] | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

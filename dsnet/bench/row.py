@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .check import Check
+from .memory import peak_memory
 from .report import Result, Row
 from .timing import Timing, compare, measure
 
@@ -52,6 +53,7 @@ def run_row(
     budget: float,
     roof: Callable[[], object] | None = None,
     timer: Callable[..., dict] = measure,
+    memory: bool = False,
     **facts: Any,
 ) -> Row:
     """Checks every contender, times those that passed in turn, and compares with the best baseline.
@@ -62,6 +64,7 @@ def run_row(
         budget: seconds of timing.
         roof: a copy of the same data, timed with the others.
         timer: :func:`.timing.measure`, or that with other settings.
+        memory: whether each contender's peak memory is measured too, in a call of its own.
         facts: the fields of the row that are known beforehand.
     """
     entered, results = {}, {}
@@ -70,6 +73,8 @@ def run_row(
         results[key] = _enter(contender, judge)
         if results[key]["problem"] is None:
             entered[key] = contender.call
+            if memory:
+                results[key]["peak_bytes"] = peak_memory(contender.call)
     if roof is not None:
         entered["roof", "copy"] = roof
         results["roof", "copy"] = {}

@@ -1,19 +1,25 @@
 """Which rows a run has, and running them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from .cases import CASES, stages
+from .cases import CASES, Case, Stage, stages
 from .models import model_row
 from .ops import op_row
 from .report import Row
 
+SIZES = ((224, 224),)
 OP_BATCHES = (8,)
 INFERENCE_BATCHES = (1, 8)
 TRAINING_BATCHES = (8,)
+DETECTION_SIZES = ((800, 1333),)
+DETECTION_BATCHES = (1,)
+DETECTION_BUDGET = 8.0
+"""Seconds of timing per row: a call of eager PyTorch takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,13 @@ class Settings:
         backends: ours.
         batches: images per call.
         baselines: to compare with.
-        mode: ``"ops"``, ``"inference"``, ``"training"`` or ``"all"``.
+        mode: ``"ops"``, ``"inference"``, ``"training"``, ``"all"`` for these three, or
+            ``"detection"``: the operations of the first stage on one large image, with memory.
         budget: seconds of timing per row.
     """
 
     model: str = "dsnet_tiny"
-    sizes: Sequence[tuple[int, int]] = ((224, 224),)
+    sizes: Sequence[tuple[int, int]] | None = None
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     backends: Sequence[str] = ("auto",)
     batches: Sequence[int] | None = None
@@ -51,9 +58,15 @@ class Task:
 
 def tasks(settings: Settings) -> list[Task]:
     """The rows of ``settings`` in the order of the table."""
-    kinds = {"ops": _op_tasks, "inference": _inference_tasks, "training": _training_tasks}
-    chosen = kinds if settings.mode == "all" else {settings.mode: kinds[settings.mode]}
-    return [task for make in chosen.values() for task in make(settings)]
+    everything = (_op_tasks, _inference_tasks, _training_tasks)
+    modes = {
+        "all": everything,
+        "ops": (_op_tasks,),
+        "inference": (_inference_tasks,),
+        "training": (_training_tasks,),
+        "detection": (_detection_tasks,),
+    }
+    return [task for make in modes[settings.mode] for task in make(settings)]
 
 
 def _common(settings: Settings) -> dict:
@@ -67,29 +80,36 @@ def _common(settings: Settings) -> dict:
 
 def _op_tasks(settings: Settings) -> Iterator[Task]:
     for dtype in settings.dtypes:
-        for size in settings.sizes:
+        for size in settings.sizes or SIZES:
             for batch in settings.batches or OP_BATCHES:
                 for case in CASES:
                     for stage in stages(settings.model, batch, size):
-                        for backward in (False, True):
-                            direction = "forward+backward" if backward else "forward"
-                            yield Task(
-                                f"{case.operation} {case.use}, stage {stage.number}, {direction}",
-                                partial(
-                                    op_row,
-                                    case,
-                                    stage,
-                                    dtype=dtype,
-                                    backward=backward,
-                                    **_common(settings),
-                                ),
-                            )
+                        yield from _both_passes(case, stage, dtype, _common(settings))
+
+
+def _detection_tasks(settings: Settings) -> Iterator[Task]:
+    options = {"budget": DETECTION_BUDGET, "memory": True} | _common(settings)
+    for dtype in settings.dtypes:
+        for size in settings.sizes or DETECTION_SIZES:
+            for batch in settings.batches or DETECTION_BATCHES:
+                for case in CASES:
+                    first = stages(settings.model, batch, size)[0]
+                    yield from _both_passes(case, first, dtype, options)
+
+
+def _both_passes(
+    case: Case, stage: Stage, dtype: torch.dtype, options: Mapping[str, Any]
+) -> Iterator[Task]:
+    for backward in (False, True):
+        direction = "forward+backward" if backward else "forward"
+        title = f"{case.operation} {case.use}, stage {stage.number}, {direction}"
+        yield Task(title, partial(op_row, case, stage, dtype=dtype, backward=backward, **options))
 
 
 def _model_tasks(settings: Settings, batches: Sequence[int], training: bool) -> Iterator[Task]:
     work = "training step" if training else "inference"
     for dtype in settings.dtypes:
-        for size in settings.sizes:
+        for size in settings.sizes or SIZES:
             for batch in settings.batches or batches:
                 yield Task(
                     f"{settings.model} {work}, batch {batch}",

@@ -19,6 +19,8 @@ LEGEND = (
     "a copy reaches, timed too (a cache serves small ones). check: error over what is allowed.",
 )
 
+MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
+
 
 def render(report: Report) -> str:
     """The machine, a table per operation and one of models, notes, and failures."""
@@ -32,6 +34,8 @@ def render(report: Report) -> str:
         lines += _aligned(table)
         lines += _remarks(rows)
     lines += ["", *LEGEND]
+    if any(_has_memory(row) for row in report.rows):
+        lines.append(MEMORY_LEGEND)
     return "\n".join(lines) + "\n"
 
 
@@ -56,7 +60,9 @@ def _grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
 def _op_table(rows: Sequence[Row]) -> list[list[str]]:
     names = _baselines(rows)
     head = ["stage", "shape", "pass", *(BASELINES[name] for name in names)]
-    table = [[*head, "ours", "backend", "vs best", "GB/s", "of copy", "check"]]
+    memory = any(map(_has_memory, rows))
+    columns = ["MB best", "ours"] if memory else []
+    table = [[*head, "ours", "backend", "vs best", *columns, "GB/s", "of copy", "check"]]
     for row in rows:
         lead = [f"{row.stage} {row.use.split(':')[0]}", _shape(row), SHORT[row.work]]
         for result in row.ours():
@@ -65,7 +71,9 @@ def _op_table(rows: Sequence[Row]) -> list[list[str]]:
                 "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}",
                 "-" if bandwidth is None or copy is None else f"{bandwidth / copy:.0%}",
             ]
-            table.append([*lead, *_times(row, names, result), *rates, _check(result)])
+            peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
+            times = _times(row, names, result)
+            table.append([*lead, *times, *peaks, *rates, _check(result)])
     return table
 
 
@@ -109,6 +117,16 @@ def _digits(value: float) -> str:
     """Three significant digits without an exponent."""
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
+
+
+def _has_memory(row: Row) -> bool:
+    return any(result.peak_bytes is not None for result in row.results)
+
+
+def _megabytes(result: Result | None) -> str:
+    if result is None or result.peak_bytes is None:
+        return "-"
+    return _digits(result.peak_bytes / 1e6)
 
 
 def _backend(result: Result) -> str:

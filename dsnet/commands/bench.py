@@ -15,7 +15,7 @@ from . import at_least
 NAME = "bench"
 HELP = "time the fused operations and the networks against the reference"
 
-MODES = ("all", "ops", "inference", "training")
+MODES = ("all", "ops", "inference", "training", "detection")
 DTYPES = ("float32", "bfloat16", "float16")
 BASELINES = {
     "nchw": "eager_nchw",
@@ -46,15 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         nargs="+",
         metavar="N",
-        help="images per call (default: operations and training 8, inference 1 and 8)",
+        help="images per call (default: operations and training 8, inference 1 and 8, detection 1)",
     )
     parser.add_argument(
         "--size",
         type=image_size,
         nargs="+",
-        default=[(224, 224)],
         metavar="S",
-        help="of the images: 224, or 800x1333 for rows x columns (default 224)",
+        help="of the images: 224, or 800x1333 for rows x columns (default 224; detection 800x1333)",
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
@@ -78,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default="all",
-        help="the operations alone, a network's inference or training step, or all (default)",
+        help="the operations alone, a network's inference or training step, or all of these"
+        " (default); or detection: the first stage's operations on a large image, with peak memory,"
+        " which takes minutes and gigabytes",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results; - prints them instead")
 
