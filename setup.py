@@ -73,6 +73,7 @@ class CMakeBuild(build_ext):
                 f"-DDSNET_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
                 f"-DDSNET_NVCC={nvcc}",
                 f"-DDSNET_CUDA_ARCHITECTURES={architectures}",
+                f"-DDSNET_NVCC_THREADS={jobs()}",
                 f"-DDSNET_CUDA_TEXT={cuda}",
                 f"-DDSNET_WERROR={'ON' if flag('DSNET_WERROR', False) else 'OFF'}",
             ],

@@ -96,8 +96,6 @@ struct CoAttentionLayout {
   // scores' gradients, and of the kept weights of global queries.
   int64_t grad_partial = 0;
 
-  int64_t met_offset(int64_t matrix, int64_t tokens) const { return matrix * tokens * inner; }
-
  private:
   void describe_packed(const CoAttentionShape& shape, bool is_backward) {
     const int64_t Cl = shape.local_width, Cg = shape.global_width, d = shape.head_dim;
