@@ -62,6 +62,29 @@ def _sdpa_can_run(local: Tensor, global_: Tensor, dropout_p: float = 0.0, **_) -
     return None
 
 
+def _reference_multiplies_pairs(local: Tensor, global_: Tensor) -> bool:
+    """Whether gradients are wanted whose products torch forms from pairs of bfloat16."""
+    if local.dtype != torch.bfloat16 or local.device.type != "cpu":
+        return False
+    wants_gradient = torch.is_grad_enabled() and (local.requires_grad or global_.requires_grad)
+    return wants_gradient and native.cpu_multiplies_pairs()
+
+
+def _cpu_loses(local: Tensor, global_: Tensor, num_heads: int | None = None, **_) -> str | None:
+    if num_heads is None or not _reference_multiplies_pairs(local, global_):
+        return None
+    _, width, *grid = local.shape
+    if absorbs(grid[0] * grid[1], global_.shape[1], width, num_heads):
+        return None
+    return "projected, its gradients in float32 are slower than the reference's in bfloat16"
+
+
+def _sdpa_loses(local: Tensor, global_: Tensor, **_) -> str | None:
+    if _reference_multiplies_pairs(local, global_):
+        return "its gradients are slower than the reference's in bfloat16"
+    return None
+
+
 OPERATION = register(
     Operation(
         "co_attention",
@@ -78,6 +101,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
+        loses={"cpu": _cpu_loses, "sdpa": _sdpa_loses},
     )
 )
 

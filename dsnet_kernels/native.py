@@ -91,6 +91,13 @@ def constant_when_traced(function: Callable) -> Callable:
 
 
 @constant_when_traced
+def cpu_multiplies_pairs() -> bool:
+    """Whether this CPU multiplies pairs of bfloat16, which torch's own products then use."""
+    module, _ = introspection()
+    return module is not None and "avx512_bf16" in module.cpu_capabilities()
+
+
+@constant_when_traced
 def gpu_refusal(index: int) -> str | None:
     """Why GPU ``index`` cannot run our kernels, or None: they need compute capability 8.0."""
     major, minor = torch.cuda.get_device_capability(index)

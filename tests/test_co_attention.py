@@ -292,6 +292,28 @@ def test_auto_takes_the_kernel_on_the_cpu_and_sdpa_where_there_is_none():
     assert explain(grid=(0, 4)).refusals["cpu"] == "a stream has no tokens"
 
 
+@pytest.mark.skipif(native.CPU.refusal is not None, reason="needs the CPU's library")
+@pytest.mark.parametrize("has_pairs", [True, False])
+def test_auto_leaves_gradients_in_bfloat16_to_the_reference_where_it_is_faster(
+    monkeypatch, has_pairs
+):
+    monkeypatch.setattr(native, "cpu_multiplies_pairs", lambda: has_pairs)
+
+    def chosen(grid, heads, dtype=torch.bfloat16, requires_grad=True):
+        local = torch.zeros(1, 64, *grid, dtype=dtype, requires_grad=requires_grad)
+        global_ = torch.zeros(1, 49, 64, dtype=dtype)
+        weight = torch.zeros(64, 64, dtype=dtype)
+        options = {"num_heads": heads, "local_proj_weight": weight}
+        return dsnet_kernels.explain(CASE.name, local, global_, **options).chosen
+
+    assert chosen((14, 14), 4) == ("reference" if has_pairs else "cpu")
+    assert chosen((56, 56), 1) == "cpu"
+    assert chosen((14, 14), 4, requires_grad=False) == "cpu"
+    assert chosen((14, 14), 4, dtype=torch.float32) == "cpu"
+    with torch.no_grad():
+        assert chosen((14, 14), 4) == "cpu"
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(("grid", "tokens"), [((0, 4), 9), ((3, 4), 0), ((0, 4), 0)])
 def test_a_stream_without_tokens_leaves_the_other_with_its_bias(backend, grid, tokens):
