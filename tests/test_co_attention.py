@@ -1,5 +1,7 @@
 """co_attention beyond what every operation is held to: padded keys, dropout, forms, memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases.co_attention import CASE, make
@@ -312,6 +314,17 @@ def test_auto_leaves_gradients_in_bfloat16_to_the_reference_where_it_is_faster(
     assert chosen((14, 14), 4, dtype=torch.float32) == "cpu"
     with torch.no_grad():
         assert chosen((14, 14), 4) == "cpu"
+
+
+def test_the_reference_compiles_with_dynamic_shapes_and_numbers():
+    inputs = make(CASE.small[0], torch.float32, generator(0), dropout_p=0.0)
+
+    @partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(**arguments):
+        return co_attention(**arguments, backend="reference")
+
+    for got, expected in zip(compiled(**inputs), CASE.reference(**inputs), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

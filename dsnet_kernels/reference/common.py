@@ -68,8 +68,8 @@ def attend(
     weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     # Under autocast the softmax comes back in float32.
     weights = weights.to(v.dtype)
-    if seed is None:
-        weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0 and seed is None:
+        weights = F.dropout(weights, dropout_p)
     elif dropout_p > 0:
         keep = dropout.keep_mask(weights.shape, dropout_p, seed, first_head)
         weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0)
