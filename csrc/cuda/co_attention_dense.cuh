@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(256)
 // The projections of scale·x + shift as those of x: W·diag(scale) in V, and b + W·shift. A warp
 // has a row of W.
 template <typename T, typename V>
-__global__ void __launch_bounds__(128) co_attention_fold(Parameter weight, Parameter bias,
-    Parameter scale, Parameter shift, int64_t rows, int width, V* folded, float* folded_bias) {
+__global__ void __launch_bounds__(128)
+    co_attention_fold(const Parameter weight, const Parameter bias, const Parameter scale,
+        const Parameter shift, int64_t rows, int width, V* folded, float* folded_bias) {
   const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = lane_id();
