@@ -1,7 +1,8 @@
 """Bidirectional co-attention between the local and the global stream.
 
-One pass over the local tokens serves both directions; the N×M weights never exist. The backward
-recomputes them from the saved maximum and sum of each softmax, again in one pass.
+The N×M weights never exist; the backward recomputes them from what is linear in the tokens. On the
+CPU one pass over the local tokens serves both directions, forward and backward; the GPU kernels
+read them once or more per direction.
 """
 
 from collections.abc import Sequence
