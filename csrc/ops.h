@@ -133,4 +133,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> upsample_concat_backward(
     const std::optional<Tensor>& branch_scale);  // (B)
 // returns grad_local, grad_global and, in float32 or float64, (C, Cl + Cg) and (C)
 
+// Fused: 1 affine · 2 product · 3 bias and GELU · 4 product · 5 bias · 6 factor of the image ·
+// 7 residual.
+std::tuple<Tensor, Tensor> pointwise_mlp(
+    // inputs
+    const Tensor& x,                            // (B, C, H, W)
+    const Tensor& fc1_weight,                   // (R, C), x's dtype or float32, as all that follow
+    const std::optional<Tensor>& fc1_bias,      // (R)
+    const Tensor& fc2_weight,                   // (C, R)
+    const std::optional<Tensor>& fc2_bias,      // (C)
+    const std::optional<Tensor>& scale,         // (C); none is 1
+    const std::optional<Tensor>& shift,         // (C); none is 0
+    const std::optional<Tensor>& branch_scale,  // (B); none is 1
+    bool keep_hidden);                          // for the backward
+// returns (B, C, H, W) and what is before GELU, in x's dtype and any order of the backend's own:
+// R per token, tokens padded to a multiple of 16; (0) unless kept
+
+// Recomputes 1 to 3 or, with hidden, GELU alone, then the gradients of all inputs but branch_scale.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_mlp_backward(
+    // gradients
+    const Tensor& grad,  // (B, C, H, W)
+    // saved
+    const Tensor& x,                             // (B, C, H, W)
+    const std::optional<Tensor>& hidden,         // what the forward kept
+    const Tensor& fc1_weight,                    // (R, C)
+    const std::optional<Tensor>& fc1_bias,       // (R)
+    const Tensor& fc2_weight,                    // (C, R)
+    const std::optional<Tensor>& scale,          // (C)
+    const std::optional<Tensor>& shift,          // (C)
+    const std::optional<Tensor>& branch_scale);  // (B)
+// returns grad_x (B, C, H, W) and, in float32 or float64, those of fc1_weight (R, C), fc1_bias (R),
+// fc2_weight (C, R), fc2_bias (C), scale (C) and shift (C), given or not
+
 }  // namespace dsnet

@@ -1,14 +1,133 @@
-"""The block's MLP of two 1×1 convolutions, with its normalisation and residual."""
+"""The block's MLP of two 1×1 convolutions, with its normalisation and residual.
+
+Both products run over blocks of tokens whose hidden activations stay on the chip; the backward
+reads what the forward kept before GELU, or recomputes it where it would be large in memory.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks
+from . import checks, native, operators
 from .backends import Operation, register, select
 from .reference import pointwise_mlp as reference
 
-OPERATION = register(Operation("pointwise_mlp", tensors=("x",)))
+
+def _kernel_refusal(x: Tensor, fc1_weight: Tensor) -> str | None:
+    """Why the kernels do not take these widths, or None."""
+    if fc1_weight.numel() == 0:
+        return f"fc1_weight has shape {tuple(fc1_weight.shape)}; the kernel multiplies by it"
+    return None
+
+
+def _cpu_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
+    return native.cpu_can_run(x) or _kernel_refusal(x, fc1_weight)
+
+
+OPERATION = register(
+    Operation(
+        "pointwise_mlp",
+        tensors=("x", "fc1_weight"),
+        present={"cpu": native.cpu_refusal},
+        can_run={"cpu": _cpu_can_run},
+    )
+)
+
+NATIVE, TRITON = "pointwise_mlp", "pointwise_mlp_triton"
+"""Names of the raw operators; that of the gradient ends in ``_backward``."""
+
+
+def keeps_hidden(x: Tensor) -> bool:
+    """Whether the forward keeps the hidden activations for the backward.
+
+    A GPU recomputes narrow ones, whose products take less time than their way through memory.
+    """
+    return x.device.type == "cpu" or x.shape[1] > 128
+
+
+def hidden_size(x: Tensor, fc1_weight: Tensor) -> int:
+    """Elements of what the forward keeps: R per token, tokens in whole sixteens, in any order."""
+    tokens = x.shape[0] * x.shape[2] * x.shape[3]
+    return (tokens + 15) // 16 * 16 * fc1_weight.shape[0]
+
+
+def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, branch_scale, keep_hidden):
+    kept = hidden_size(x, fc1_weight) if keep_hidden else 0
+    return operators.empty_channels_last(x), x.new_empty((kept,))
+
+
+def _fake_backward(grad, x, hidden, fc1_weight, fc1_bias, fc2_weight, scale, shift, branch_scale):
+    channels, width = x.shape[1], fc1_weight.shape[0]
+    shapes = ((width, channels), (width,), (channels, width), *((channels,),) * 3)
+    dtype = operators.accumulator(x)
+    parameters = (x.new_empty(shape, dtype=dtype) for shape in shapes)
+    return operators.empty_channels_last(x), *parameters
+
+
+for _name in (NATIVE,):
+    operators.define(
+        _name,
+        "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
+        " Tensor? scale, Tensor? shift, Tensor? branch_scale, bool keep_hidden)"
+        " -> (Tensor, Tensor)",
+        _fake,
+    )
+    operators.define(
+        f"{_name}_backward",
+        "(Tensor grad, Tensor x, Tensor? hidden, Tensor fc1_weight, Tensor? fc1_bias,"
+        " Tensor fc2_weight, Tensor? scale, Tensor? shift, Tensor? branch_scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+    )
+
+
+class _PointwiseMlp(torch.autograd.Function):
+    """A raw operator under autograd; saves x, the parameters and perhaps the hidden activations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @checks.with_signature
+    def forward(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, branch_scale, keep_hidden, name
+    ):
+        operator = getattr(torch.ops.dsnet_kernels, name)
+        return operator(
+            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, branch_scale, keep_hidden
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, keep_hidden, ctx.name = inputs
+        hidden = output[1]
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, hidden if keep_hidden else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 10
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, branch_scale, hidden = (
+            ctx.saved_tensors
+        )
+        operator = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")
+        grad_x, *grads = operator(
+            grad, x, hidden, fc1_weight, fc1_bias, fc2_weight, scale, shift, branch_scale
+        )
+        parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift)
+        grads = [
+            None if parameter is None else each.to(parameter.dtype)
+            for parameter, each in zip(parameters, grads, strict=True)
+        ]
+        grad_factors = None
+        if ctx.needs_input_grad[7]:
+            branch = reference(x, *parameters[:4], scale=scale, shift=shift) - x
+            grad_factors = (grad * branch).sum((1, 2, 3)).to(branch_scale.dtype)
+        return grad_x, *grads, grad_factors, None, None
 
 
 def pointwise_mlp(
@@ -28,24 +147,31 @@ def pointwise_mlp(
     GELU is the exact one, u·Φ(u) with Φ through erf.
 
     Args:
-        x: (B, C, H, W); float32, float64, bfloat16 or float16.
+        x: (B, C, H, W); float32, float64, bfloat16 or float16. Layouts without adjacent channels
+            are copied first.
         fc1_weight: (R, C), R hidden channels.
         fc1_bias: (R,) or None.
         fc2_weight: (C, R).
         fc2_bias: (C,) or None.
         scale: (C,) or None, a folded BatchNorm.
         shift: (C,) or None.
-        branch_scale: (B,) or None, one factor per image (stochastic depth).
+        branch_scale: (B,) or None, one factor per image (stochastic depth). Where it wants a
+            gradient, every backend recomputes the branch with the reference for it.
         backend: name or list of names; None follows :class:`dsnet_kernels.backend`.
 
-    Parameters may be float32 beside a lower-precision x.
+    Parameters may be float32 beside a lower-precision x, whose dtype both products then read; sums
+    and GELU are in float32 (float64 for float64). Under autocast a float32 x is cast to the
+    autocast dtype, the parameters are not.
 
     Returns:
-        (B, C, H, W) in x's dtype.
+        (B, C, H, W) in x's dtype, channels_last from a kernel.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, device or shape.
         BackendUnavailable: if a named backend cannot run.
+
+    Differentiable once in x and the parameters on every backend (``"reference"``: to any order);
+    results and gradients do not depend on the number of threads.
 
     Source: DS-Net (arXiv 2105.14734), the MLP that ends every DS-Block.
     """
@@ -73,14 +199,13 @@ def pointwise_mlp(
         shift=shift,
         branch_scale=branch_scale,
     )
-    select(OPERATION, backend, x)
-    return reference(
-        x,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        scale=scale,
-        shift=shift,
-        branch_scale=branch_scale,
-    )
+    chosen = select(OPERATION, backend, x, fc1_weight)
+    parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if chosen == "reference":
+        return reference(x, *parameters, scale=scale, shift=shift, branch_scale=branch_scale)
+    name = TRITON if chosen == "triton" else NATIVE
+    operands = (x, *parameters, scale, shift, branch_scale)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return getattr(torch.ops.dsnet_kernels, name)(*operands, False)[0]
+    keep_hidden = torch.is_grad_enabled() and keeps_hidden(x)
+    return _PointwiseMlp.apply(*checks.distinct(*operands), keep_hidden, name)[0]

@@ -167,4 +167,33 @@ Shape check_upsample_concat(const Tensor& local, const Tensor& global, const Ten
   return shape;
 }
 
+// Parameters of the MLP by name, in the order of the operator's arguments.
+struct MlpParameters {
+  const Tensor& fc1_weight;
+  const OptionalTensor& fc1_bias;
+  const Tensor& fc2_weight;
+  const OptionalTensor &fc2_bias, &scale, &shift, &branch_scale;
+};
+
+// The same for the MLP; Shape is {batch, height, width, channels, hidden channels}.
+template <typename Shape>
+Shape check_pointwise_mlp(const Tensor& x, const MlpParameters& parameters) {
+  check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
+  const auto& p = parameters;
+  check(p.fc1_weight.dim() == 2, "fc1_weight: expected shape (R, C), got ",
+      shape_text(p.fc1_weight.sizes()));
+  const int64_t channels = x.size(1), hidden = p.fc1_weight.size(0);
+  check(channels > 0, "x: expected at least one channel, got ", shape_text(x.sizes()));
+  check(hidden > 0, "fc1_weight: expected at least one hidden channel, got ",
+      shape_text(p.fc1_weight.sizes()));
+  check_shape("fc1_weight", p.fc1_weight, {hidden, channels});
+  check_shape("fc1_bias", p.fc1_bias, {hidden});
+  check_shape("fc2_weight", p.fc2_weight, {channels, hidden});
+  check_shape("fc2_bias", p.fc2_bias, {channels});
+  check_shape("scale", p.scale, {channels});
+  check_shape("shift", p.shift, {channels});
+  check_shape("branch_scale", p.branch_scale, {x.size(0)});
+  return {x.size(0), x.size(2), x.size(3), channels, hidden};
+}
+
 }  // namespace dsnet
