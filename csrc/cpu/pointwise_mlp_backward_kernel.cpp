@@ -162,8 +162,8 @@ void tokens(const MlpBackward& args, void* memory, int64_t begin, int64_t end) {
         Differentiated<V, T>{R, vector, static_cast<const T*>(args.hidden), {recomputed, columns},
             static_cast<Acc*>(args.activations) + token,
             static_cast<Acc*>(args.grad_hidden) + token, all, grad_hidden});
-    multiply_panels<V, typename Products<T>::type>(C, columns, depth_of<T>(R),
-        operand_of<T>(args.fc1_transposed), grad_hidden, From<V>{}, To<V>{{sums, columns}});
+    multiply_panels_in_blocks<V, typename Products<T>::type>(C, columns, depth_of<T>(R),
+        operand_of<T>(args.fc1_transposed), grad_hidden, From<V>{}, Matrix<Acc>{sums, columns});
     for (int64_t v = 0; v < vectors; ++v) {
       transpose(C, lanes, sums + v * lanes, columns, rows, layout.channels);
       add_grad<T>(args, rows, vector + v);

@@ -73,9 +73,9 @@ void run(const MlpForward& args, void* memory, int64_t begin, int64_t end) {
     multiply_panels<V, typename Products<T>::by_pairs>(R, columns, depth_of<T>(C),
         operand_of<T>(args.fc1), panels, FromBias<V>{static_cast<const Acc*>(args.fc1_bias)},
         Activated<V, T>{R, vector, static_cast<T*>(args.hidden), activations});
-    multiply_panels<V, typename Products<T>::type>(C, columns, depth_of<T>(R),
+    multiply_panels_in_blocks<V, typename Products<T>::type>(C, columns, depth_of<T>(R),
         operand_of<T>(args.fc2), activations, FromBias<V>{static_cast<const Acc*>(args.fc2_bias)},
-        To<V>{{sums, columns}});
+        {sums, columns});
     for (int64_t v = 0; v < vectors; ++v) {
       transpose(C, lanes, sums + v * lanes, columns, rows, layout.channels);
       add_branch<T>(args, rows, (vector + v) * lanes, tokens_of(vector + v));

@@ -146,6 +146,29 @@ __attribute__((always_inline)) inline void store_panel(
   }
 }
 
+// c = begin + a · b for b in panels, summed in blocks of the depth: a sum in float stays short.
+template <typename V, typename Product = Values, typename Begin, typename Acc = typename V::Acc>
+inline void multiply_panels_in_blocks(int64_t rows, int64_t columns, int64_t depth,
+    Matrix<const Acc> a, const Acc* b, const Begin& begin, Matrix<Acc> c) {
+  constexpr int64_t block = 128;
+  int64_t registers;
+  for (int64_t j = 0; j < columns; j += registers * V::size) {
+    registers = detail::next_registers((columns - j) / V::size);
+    const int64_t width = registers * V::size;
+    for (int64_t k = 0; k < depth; k += block) {
+      const Matrix<const Acc> left{a.data + k, a.stride}, right{b + j * depth + k * width, width};
+      const int64_t n = smaller(block, depth - k);
+      if (k == 0) {
+        detail::multiply_registers<false, Product, V>(
+            registers, rows, left, right, n, j, begin, To<V>{c});
+      } else {
+        detail::multiply_registers<false, Product, V>(
+            registers, rows, left, right, n, j, From<V>{}, AddedTo<V>{c, false});
+      }
+    }
+  }
+}
+
 // Where the values of a hidden channel and a register of a block's tokens are kept.
 template <typename V>
 inline int64_t kept_index(int64_t vector, int64_t hidden, int64_t row, int64_t column) {
