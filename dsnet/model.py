@@ -136,10 +136,14 @@ class DSNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, 512, ⌊H/32⌋, ⌊W/32⌋), normalised."""
+        return self.norm(self.forward_stages(x))
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """The features before their norm."""
         self._check_image(x)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global average pooling, dropout, and the classifier unless ``pre_logits``."""

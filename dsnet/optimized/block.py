@@ -1,0 +1,166 @@
+"""A DSBlock for inference, its norms folded."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dsnet_kernels as kernels
+
+from ..block import DSBlock
+from .fold import constant_affine, fold_into_linear, frozen, wide
+
+INFERENCE_ONLY = (
+    "an optimised model is for inference only, its norms are folded;"
+    " train the model that it was made from"
+)
+
+
+class OptimizedBlock(nn.Module):
+    """A DSBlock in evaluation, (B, C, H, W) → (B, C, H, W), of constants alone.
+
+    With BN(x) = s·x + t: the split has W·diag(s) and b + W·t, on the coarse grid for the global
+    stream, and so has the first layer of the MLP. The local depthwise convolution, whose zero
+    padding comes behind its norm, and co-attention take s and t themselves.
+
+    Args:
+        block: the source; its unfolded parameters are shared where they keep their dtype.
+        name: of the block, for errors.
+        dtype: of the weights; None keeps the source's. s, t and the MLP's first bias stay in
+            float32 or wider.
+        backend: of every operation; None follows :class:`dsnet_kernels.backend`.
+
+    Raises:
+        TypeError, ValueError: for a norm that cannot be folded.
+    """
+
+    def __init__(
+        self,
+        block: DSBlock,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        backend: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.backend = backend
+        self.dim, self.local_dim, self.global_dim = block.dim, block.local_dim, block.global_dim
+        self.global_reduction = block.global_reduction
+        dtype = block.split.weight.dtype if dtype is None else dtype
+        self.position = _frozen(dtype, block.position.conv.weight, block.position.conv.bias)
+
+        affine = constant_affine(block.norm, f"{name}.norm")
+        weight, bias = fold_into_linear(*affine, block.split.weight, block.split.bias)
+        self.split_global = _frozen(dtype, weight[: self.global_dim], bias[: self.global_dim])
+        self.split_local = _frozen(dtype, weight[self.global_dim :], bias[self.global_dim :])
+
+        self.local_conv = self.local_affine = None
+        if block.local_conv is not None:
+            conv = block.local_conv.conv
+            self.local_conv = _frozen(dtype, conv.weight, conv.bias)
+            affine = constant_affine(block.local_conv.norm, f"{name}.local_conv.norm")
+            self.local_affine = _frozen(wide(dtype), *affine)
+
+        self.attention = None
+        if block.attention is not None:
+            source = block.attention
+            self.num_heads, self.attention_eps = source.num_heads, source.norm.eps
+            self.attention = _frozen(
+                dtype, source.norm.weight, source.norm.bias, source.qkv.weight, source.qkv.bias
+            )
+
+        self.co_attention = self.co_attention_affine = None
+        if block.co_attention is not None:
+            source = block.co_attention
+            self.co_attention_eps = source.global_norm.eps
+            layers = (
+                source.global_norm,
+                source.local_qkv,
+                source.global_qkv,
+                source.local_proj,
+                source.global_proj,
+            )
+            parameters = (p for layer in layers for p in (layer.weight, layer.bias))
+            self.co_attention = _frozen(dtype, *parameters)
+            affine = constant_affine(source.local_norm, f"{name}.co_attention.local_norm")
+            self.co_attention_affine = _frozen(wide(dtype), *affine)
+
+        self.fuse = _frozen(dtype, block.fuse.weight.flatten(1), block.fuse.bias)
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        affine = constant_affine(block.mlp.norm, f"{name}.mlp.norm")
+        weight, bias = fold_into_linear(*affine, fc1.weight, fc1.bias)
+        self.fc1 = nn.ParameterList([frozen(weight.to(dtype)), frozen(bias.to(wide(dtype)))])
+        self.fc2 = _frozen(dtype, fc2.weight, fc2.bias)
+        self.eval()
+
+    global_grid = DSBlock.global_grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_streams(x)[0]
+
+    def forward_streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output, and both streams as they enter the fusion, as DSBlock's.
+
+        Raises:
+            dsnet_kernels.BackendUnavailable: with the block's name, if an operation cannot run.
+        """
+        try:
+            return self._streams(x)
+        except kernels.BackendUnavailable as error:
+            raise kernels.BackendUnavailable(f"{self.name}: {error}") from None
+
+    def _streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        backend = self.backend
+        x = kernels.depthwise_conv3x3(x, *self.position, residual=True, backend=backend)
+
+        local = F.conv2d(x, *self.split_local) if self.local_dim else x[:, :0]
+        if self.local_conv is not None:
+            scale, shift = self.local_affine
+            local = kernels.depthwise_conv3x3(
+                local, *self.local_conv, scale=scale, shift=shift, residual=True, backend=backend
+            )
+
+        grid = self.global_grid(*x.shape[2:])
+        coarse = x
+        if self.global_reduction != 1:
+            coarse = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+        global_ = F.conv2d(coarse, *self.split_global) if self.global_dim else coarse[:, :0]
+
+        if self.attention is not None:
+            tokens = kernels.global_attention(
+                global_.flatten(2).transpose(1, 2),
+                self.num_heads,
+                *self.attention,
+                eps=self.attention_eps,
+                backend=backend,
+            )
+            if self.co_attention is not None:
+                scale, shift = self.co_attention_affine
+                local, tokens = kernels.co_attention(
+                    local,
+                    tokens,
+                    self.num_heads,
+                    *self.co_attention,
+                    local_scale=scale,
+                    local_shift=shift,
+                    eps=self.co_attention_eps,
+                    backend=backend,
+                )
+            global_ = tokens.transpose(1, 2).unflatten(2, grid)
+
+        x = kernels.upsample_concat(local, global_, *self.fuse, x, backend=backend)
+        return kernels.pointwise_mlp(x, *self.fc1, *self.fc2, backend=backend), local, global_
+
+    def train(self, mode: bool = True) -> "OptimizedBlock":
+        if mode:
+            raise RuntimeError(INFERENCE_ONLY)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, local={self.local_dim}, global={self.global_dim}"
+
+
+def _frozen(dtype: torch.dtype, *tensors: Tensor) -> nn.ParameterList:
+    return nn.ParameterList([frozen(tensor.to(dtype)) for tensor in tensors])

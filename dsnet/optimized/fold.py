@@ -1,0 +1,59 @@
+"""BatchNorm in evaluation as constants, in float64."""
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import batch_norm_affine
+
+
+def constant_affine(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """(s, t) with norm(x) = s·x + t: s = weight / √(var + eps), t = bias − mean·s, in float64.
+
+    Raises:
+        TypeError: if ``norm``, called ``name``, is no BatchNorm.
+        ValueError: if it has no running statistics.
+    """
+    if getattr(norm, "running_mean", 0) is None:
+        raise ValueError(
+            f"model: expected running statistics to fold, got none in {name},"
+            " which normalises by each batch's own"
+        )
+    try:
+        return batch_norm_affine(norm.eval(), torch.empty(0, dtype=torch.float64))
+    except TypeError as error:
+        raise TypeError(f"model: cannot fold {name}: {error}") from None
+
+
+def fold_into_linear(
+    scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(W·diag(s), b + W·t): W·(s·x + t) + b as one linear map, in float64.
+
+    weight is (out, in), or (out, in, 1, 1) of a convolution, whose shape its result has.
+    """
+    matrix = weight.flatten(1).double()
+    moved = matrix @ shift
+    return (matrix * scale).view_as(weight), moved if bias is None else bias.double() + moved
+
+
+class ChannelAffine(nn.Module):
+    """scale·x + shift per channel of (B, C, H, W), constants in float32 or wider."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale = frozen(scale)
+        self.shift = frozen(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.addcmul(self.shift.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
+        return z.to(x.dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of constants that operations take beside activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that wants no gradient."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
