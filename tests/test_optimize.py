@@ -1,0 +1,415 @@
+"""Optimised networks: the original's results, copies, and what they refuse."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from harness import assert_within_budget
+from small_network import SMALL, images, randomise, small
+from torch import nn
+
+import dsnet
+from dsnet.checkpoint import save_checkpoint
+from dsnet.model import DSNet, DSNetFeatures
+from dsnet.optimized import Optimized, OptimizedBlock, OptimizedDSNet
+from dsnet_kernels import BackendUnavailable, native
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def network(dtype=torch.float64, **kwargs):
+    """Every parameter and statistic counts, and logits depend on the image."""
+    return randomise(small(dtype=torch.float64, **kwargs)).to(dtype)
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def bits(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_state(got, expected):
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+# Results
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("alignment", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_equals_the_original_for_every_share_of_the_streams(alpha, alignment, backend):
+    model, x = network(alpha=alpha, alignment=alignment), images(65, 97)
+    optimized = dsnet.optimize(model, backend=backend)
+    assert relative(optimized(x), model(x)) < 1e-10
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+def test_block_equals_the_original_where_the_streams_differ_in_width(alpha):
+    block = randomise(dsnet.DSBlock(20, 2, 4, alpha=alpha).double()).eval()
+    x = images(9, 14, channels=20)
+    optimized = dsnet.optimize(block)
+    for got, expected in zip(optimized.forward_streams(x), block.forward_streams(x), strict=True):
+        assert got.shape == expected.shape
+        assert relative(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (95, 128)])
+@pytest.mark.parametrize("global_reduction", [(8, 4, 2, 1), (8, 4, 2, 2), (1, 1, 1, 1)])
+def test_equals_the_original_at_any_size_and_reduction(size, global_reduction):
+    model, x = network(global_reduction=global_reduction), images(*size)
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_within_twice_those_of_the_original_in_the_same_dtype(dtype, backend):
+    exact, x = network(), images(batch=8)
+    plain = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict(plain.state_dict())
+    optimized = dsnet.optimize(exact, dtype=dtype, backend=backend)
+    x = x.to(dtype)
+    assert_within_budget(
+        {"logits": optimized(x)}, {"logits": plain(x)}, {"logits": exact(x.double())}
+    )
+
+
+def test_folding_is_as_exact_as_float64_whatever_the_dtype():
+    model, x = network(torch.float32), images()
+    exact = copy.deepcopy(model).double()
+    optimized = dsnet.optimize(model, dtype=torch.float64)
+    # LayerNorm's parameters and the like are float32 numbers in both.
+    assert relative(optimized(x), exact(x)) < 1e-10
+
+
+def test_parts_of_the_forward_equal_the_original():
+    model, x = network(), images(64, 96)
+    optimized = dsnet.optimize(model)
+    features = optimized.forward_features(x)
+    assert relative(features, model.forward_features(x)) < 1e-10
+    assert relative(optimized.forward_head(features), model(x)) < 1e-10
+    pooled = optimized.forward_head(features, pre_logits=True)
+    assert relative(pooled, model.forward_head(features, pre_logits=True)) < 1e-10
+    last, stages = optimized.forward_intermediates(x, [1, 3], norm=True, streams=True)
+    expected_last, expected_stages = model.forward_intermediates(x, [1, 3], norm=True, streams=True)
+    assert relative(last, expected_last) < 1e-10
+    for stage, expected_stage in zip(stages, expected_stages, strict=True):
+        for got, expected in zip(stage, expected_stage, strict=True):
+            assert relative(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_network_without_a_classifier_or_pooling(classes):
+    model, x = network(num_classes=classes), images()
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+    model.reset_classifier(0, global_pool="")
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+
+
+def test_another_head_keeps_its_own_forward():
+    model, x = network(), images()
+    model.head = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+    model.head = nn.Linear(32, 3, bias=False).double()
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+
+
+def test_backbone_keeps_its_maps_and_what_describes_them():
+    model, x = randomise(small(DSNetFeatures, out_indices=(1, 3))), images(64, 96)
+    optimized = dsnet.optimize(model)
+    for got, expected in zip(optimized(x), model(x), strict=True):
+        assert relative(got, expected) < 1e-10
+    assert optimized.feature_info.channels() == [16, 32]
+
+
+def test_sync_and_frozen_norms_are_folded_too():
+    model, x = network(), images()
+    expected = model(x)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert relative(dsnet.optimize(synced)(x), expected) < 1e-10
+    model.stages[0].blocks[0].norm.affine = False
+    model.stages[0].blocks[0].norm.weight = model.stages[0].blocks[0].norm.bias = None
+    assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
+
+
+# The module
+
+
+def test_no_norm_of_a_batch_is_left_and_nothing_wants_a_gradient():
+    optimized = dsnet.optimize(network())
+    assert not any(isinstance(module, NORMS) for module in optimized.modules())
+    assert not any(isinstance(module, dsnet.DSBlock) for module in optimized.modules())
+    assert not any(parameter.requires_grad for parameter in optimized.parameters())
+    assert not any(module.training for module in optimized.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_original_is_untouched(training):
+    model = network().train(training)
+    before, modules = bits(model), list(model.modules())
+    optimized = dsnet.optimize(model, dtype=torch.bfloat16)
+    for parameter in optimized.parameters():
+        parameter.zero_()
+    assert_same_state(model.state_dict(), before)
+    assert list(model.modules()) == modules
+    assert all(module.training == training for module in modules)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_original_state_dict_is_recovered_bit_for_bit(dtype):
+    model = network(torch.float32)
+    before = bits(model)
+    optimized = dsnet.optimize(model, dtype=dtype)
+    for tensor in (*model.parameters(), *optimized.parameters()):
+        tensor.zero_()
+    recovered = optimized.original_state_dict()
+    assert_same_state(recovered, before)
+    recovered["head.weight"].zero_()
+    assert_same_state(optimized.original_state_dict(), before)
+    DSNet(SMALL, num_classes=7).load_state_dict(optimized.original_state_dict())
+
+
+def test_dtype_is_that_of_every_weight_and_float32_that_of_constants():
+    optimized = dsnet.optimize(network(), dtype=torch.bfloat16)
+    weights = [p for p in optimized.parameters() if p.dim() > 1]
+    assert {p.dtype for p in weights} == {torch.bfloat16}
+    assert {p.dtype for p in optimized.parameters()} == {torch.bfloat16, torch.float32}
+    assert optimized(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_copies_and_pickles_give_the_same_bits():
+    model, x = network(), images()
+    optimized = dsnet.optimize(model)
+    expected, file = optimized(x), io.BytesIO()
+    torch.save(optimized, file)
+    file.seek(0)
+    copies = (
+        copy.deepcopy(optimized),
+        pickle.loads(pickle.dumps(optimized)),
+        torch.load(file, weights_only=False),
+    )
+    for each in copies:
+        assert torch.equal(each(x), expected)
+        assert_same_state(each.original_state_dict(), model.state_dict())
+
+
+def test_calls_in_inference_mode_and_after_it_agree():
+    model, x = network(), images()
+    with torch.inference_mode():
+        optimized = dsnet.optimize(model)
+        expected = optimized(x)
+    with torch.enable_grad():
+        leaf = x.requires_grad_()
+        got = optimized(leaf)
+        got.sum().backward()
+    assert relative(got, expected) < 1e-12
+    assert leaf.grad.abs().max() > 0
+
+
+def test_compiles_as_one_graph():
+    model, x = network(), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(dsnet.optimize(model), fullgraph=True, backend="eager", dynamic=False)
+    assert relative(compiled(x), model(x)) < 1e-10
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_exports_with_a_dynamic_batch(backend):
+    model = network()
+    shapes = {"x": {0: torch.export.Dim("b", max=64)}}
+    optimized = dsnet.optimize(model, backend=backend)
+    exported = torch.export.export(optimized, (images(),), dynamic_shapes=shapes).module()
+    x = images(batch=3, seed=2)
+    assert relative(exported(x), model(x)) < 1e-10
+
+
+# Blocks in other modules
+
+
+class Detector(nn.Module):
+    """A network, a block that two names share, and a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = small(DSNetFeatures, dtype=None, out_indices=(2, 3))
+        self.norm = nn.BatchNorm2d(32)
+        self.levels = nn.ModuleList([dsnet.DSBlock(32, 4, 1)])
+        self.last = self.levels[0]
+
+    def forward(self, x, factor=1.0):
+        return {"out": factor * self.last(self.levels[0](self.norm(self.backbone(x)[-1])))}
+
+    def classes(self):
+        return 80
+
+
+def test_blocks_in_another_module_are_optimised_and_the_rest_stays():
+    model, x = randomise(Detector().double()).eval(), images()
+    optimized = dsnet.optimize(model)
+    assert type(optimized) is Optimized
+    assert relative(optimized(x, factor=2.0)["out"], model(x, factor=2.0)["out"]) < 1e-10
+    assert not any(isinstance(module, dsnet.DSBlock) for module in optimized.modules())
+    assert type(optimized.module.norm) is nn.BatchNorm2d
+    assert optimized.last is optimized.levels[0]
+    assert type(optimized.last) is OptimizedBlock
+    assert optimized.classes() == 80
+    assert_same_state(optimized.original_state_dict(), model.state_dict())
+    half = dsnet.optimize(model, dtype=torch.bfloat16)
+    assert half.module.norm.weight.dtype == torch.bfloat16
+    assert relative(half(x.bfloat16())["out"], model(x)["out"]) < 0.1
+
+
+def test_network_in_another_module_has_its_norm_folded():
+    model, x = nn.Sequential(network(), nn.Softmax(dim=1)).eval(), images()
+    optimized = dsnet.optimize(model)
+    assert relative(optimized(x), model(x)) < 1e-10
+    assert not any(isinstance(module, NORMS) for module in optimized.modules())
+
+
+# strict
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", None])
+def test_strict_names_block_operation_and_reason(backend):
+    model = nn.Sequential(nn.Identity(), dsnet.DSBlock(16, 2, 2)).half()
+    message = (
+        r"^1: depthwise_conv3x3: no requested backend can run: cpu: (x is torch.float16|.* not)"
+    )
+    with pytest.raises(BackendUnavailable, match=message):
+        dsnet.optimize(model, backend=backend, strict=True)
+    assert dsnet.optimize(model).module[1].name == "1"
+
+
+def test_strict_without_any_kernel_backend_is_refused():
+    with pytest.raises(
+        ValueError, match="backend: expected one with kernels where strict, got 're"
+    ):
+        dsnet.optimize(network(), backend="reference", strict=True)
+
+
+needs_kernels = pytest.mark.skipif(native.CPU.refusal is not None, reason="needs the CPU's library")
+
+
+@needs_kernels
+def test_strict_accepts_a_network_whose_operations_all_have_kernels():
+    model, x = network(torch.float32), images(dtype=torch.float32)
+    strict = dsnet.optimize(model, strict=True)
+    assert torch.equal(strict(x), dsnet.optimize(model)(x))
+
+
+@needs_kernels
+def test_strict_refuses_a_block_of_one_stream():
+    model = network(torch.float32, alpha=1.0)
+    message = r"stages\.0\.blocks\.0: upsample_concat: .* cpu: local is empty"
+    with pytest.raises(BackendUnavailable, match=message):
+        dsnet.optimize(model, strict=True)
+
+
+@needs_kernels
+def test_strict_raises_in_the_call_where_the_input_decides():
+    optimized = dsnet.optimize(network(torch.float32), strict=True).half()
+    with pytest.raises(BackendUnavailable, match=r"^stages\.0\.blocks\.0: depthwise_conv3x3: "):
+        optimized(images(dtype=torch.float16))
+
+
+def test_a_named_backend_that_cannot_run_names_the_block():
+    optimized = dsnet.optimize(network(torch.float16), backend="cuda")
+    with pytest.raises(BackendUnavailable, match=r"^stages\.0\.blocks\.0: depthwise_conv3x3: "):
+        optimized(images(dtype=torch.float16))
+
+
+# Errors
+
+
+class OwnForward(dsnet.DSBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def batch_statistics():
+    model = network()
+    norm = model.stages[1].blocks[0].mlp.norm
+    norm.running_mean = norm.running_var = None
+    return model
+
+
+def another_norm():
+    model = network()
+    model.stages[1].blocks[0].norm = nn.GroupNorm(1, 16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (dict, TypeError, "model: expected a Module, got dict"),
+        (lambda: nn.Linear(1, 1), ValueError, "model: expected a DSNet or another module with DSB"),
+        (lambda: dsnet.optimize(network()), ValueError, "DSBlocks, got OptimizedDSNet"),
+        (lambda: dsnet.DSBlock(8, 1, 1).to("meta"), ValueError, "model: expected parameters with"),
+        (lambda: OwnForward(8, 1, 1), TypeError, "own forward in OwnForward, got that of OwnForw"),
+        (batch_statistics, ValueError, "to fold, got none in stages.1.blocks.0.mlp.norm, which"),
+        (another_norm, TypeError, "model: cannot fold stages.1.blocks.0.norm: norm: expected"),
+    ],
+)
+def test_wrong_models_are_refused(make, error, message):
+    model = make()
+    with pytest.raises(error, match=re.escape(message)):
+        dsnet.optimize(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, "float32"])
+def test_wrong_dtypes_are_refused(dtype):
+    message = re.escape(f"dtype: expected float32, float64, bfloat16 or None on cpu, got {dtype}")
+    with pytest.raises(TypeError, match=message):
+        dsnet.optimize(network(), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["gpu", ["cpu", "gpu"], []])
+@pytest.mark.parametrize("strict", [True, False])
+def test_wrong_backends_are_refused(backend, strict):
+    with pytest.raises(ValueError, match="backend: expected one or more of auto, reference, "):
+        dsnet.optimize(network(), backend=backend, strict=strict)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_training_is_refused_and_evaluation_is_not(inner):
+    optimized = dsnet.optimize(network())
+    module = optimized.module.stages[0].blocks[0] if inner else optimized
+    with pytest.raises(RuntimeError, match="for inference only, its norms are folded; train the"):
+        module.train()
+    assert not any(each.training for each in optimized.modules())
+    assert module.eval() is module
+
+
+@pytest.mark.parametrize(
+    "name", ["reset_classifier", "prune_intermediate_layers", "set_grad_checkpointing"]
+)
+def test_changes_of_the_network_come_before(name):
+    optimized = dsnet.optimize(network())
+    assert isinstance(optimized, OptimizedDSNet)
+    with pytest.raises(AttributeError, match=f"{name}: do it before dsnet.optimize"):
+        getattr(optimized, name)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = optimized.no_such_name
+
+
+def test_checkpoints_hold_no_folded_weights(tmp_path):
+    with pytest.raises(TypeError, match=r"got one optimised for inference, .* made from"):
+        save_checkpoint(dsnet.optimize(network()), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
