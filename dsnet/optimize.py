@@ -21,7 +21,7 @@ def optimize(
     model: nn.Module,
     *,
     dtype: torch.dtype | None = None,
-    backend: str | Sequence[str] | None = "auto",
+    backend: str | Sequence[str] | None = None,
     strict: bool = False,
 ) -> Optimized:
     """``model`` for inference: the same call, the same results but for rounding.
@@ -43,8 +43,9 @@ def optimize(
             or float16 on a GPU. None keeps them.
         backend: of every operation, name or list of names; None follows
             :class:`dsnet_kernels.backend`.
-        strict: raise where an operation would run on the reference. Each block is tried at once on
-            its smallest input; what depends on other shapes raises in the call.
+        strict: raise where an operation would run on the reference on the parameters' device. Each
+            block is tried at once on its smallest input; what depends on other shapes raises in the
+            call. The backends are then those of now, whatever is in force later.
 
     Returns:
         A module in evaluation mode for good, without gradients of parameters; copies and pickles
@@ -135,7 +136,7 @@ def _kernel_backends(names: str | Sequence[str] | None, block: DSBlock) -> tuple
 
 def _try(block: OptimizedBlock) -> None:
     """One run on the smallest input, on which every operation finds its backend or raises."""
-    weight, side = block.fuse[0], block.global_reduction
+    weight, side = block.fuse.weight, block.global_reduction
     block(torch.zeros(1, block.dim, side, side, dtype=weight.dtype, device=weight.device))
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import dsnet_kernels as kernels
 
 from ..block import DSBlock
-from .fold import constant_affine, fold_into_linear, frozen, wide
+from .fold import ChannelAffine, Constants, constant_affine, fold_into_linear, wide
 
 INFERENCE_ONLY = (
     "an optimised model is for inference only, its norms are folded;"
@@ -49,50 +49,54 @@ class OptimizedBlock(nn.Module):
         self.dim, self.local_dim, self.global_dim = block.dim, block.local_dim, block.global_dim
         self.global_reduction = block.global_reduction
         dtype = block.split.weight.dtype if dtype is None else dtype
-        self.position = _frozen(dtype, block.position.conv.weight, block.position.conv.bias)
+        accurate = wide(dtype)
+        self.position = _of_layers(dtype, conv=block.position.conv)
 
         affine = constant_affine(block.norm, f"{name}.norm")
-        weight, bias = fold_into_linear(*affine, block.split.weight, block.split.bias)
-        self.split_global = _frozen(dtype, weight[: self.global_dim], bias[: self.global_dim])
-        self.split_local = _frozen(dtype, weight[self.global_dim :], bias[self.global_dim :])
+        folded = fold_into_linear(*affine, block.split.weight, block.split.bias)
+        weight, bias = (each.to(dtype) for each in folded)
+        first = self.global_dim
+        self.split_global = Constants(weight=weight[:first], bias=bias[:first])
+        self.split_local = Constants(weight=weight[first:], bias=bias[first:])
 
         self.local_conv = self.local_affine = None
         if block.local_conv is not None:
-            conv = block.local_conv.conv
-            self.local_conv = _frozen(dtype, conv.weight, conv.bias)
-            affine = constant_affine(block.local_conv.norm, f"{name}.local_conv.norm")
-            self.local_affine = _frozen(wide(dtype), *affine)
+            source = block.local_conv
+            self.local_conv = _of_layers(dtype, conv=source.conv)
+            affine = constant_affine(source.norm, f"{name}.local_conv.norm")
+            self.local_affine = ChannelAffine(*(each.to(accurate) for each in affine))
 
         self.attention = None
         if block.attention is not None:
             source = block.attention
             self.num_heads, self.attention_eps = source.num_heads, source.norm.eps
-            self.attention = _frozen(
-                dtype, source.norm.weight, source.norm.bias, source.qkv.weight, source.qkv.bias
-            )
+            self.attention = _of_layers(dtype, norm=source.norm, qkv=source.qkv)
 
         self.co_attention = self.co_attention_affine = None
         if block.co_attention is not None:
             source = block.co_attention
             self.co_attention_eps = source.global_norm.eps
-            layers = (
-                source.global_norm,
-                source.local_qkv,
-                source.global_qkv,
-                source.local_proj,
-                source.global_proj,
+            self.co_attention = _of_layers(
+                dtype,
+                global_norm=source.global_norm,
+                local_qkv=source.local_qkv,
+                global_qkv=source.global_qkv,
+                local_proj=source.local_proj,
+                global_proj=source.global_proj,
             )
-            parameters = (p for layer in layers for p in (layer.weight, layer.bias))
-            self.co_attention = _frozen(dtype, *parameters)
             affine = constant_affine(source.local_norm, f"{name}.co_attention.local_norm")
-            self.co_attention_affine = _frozen(wide(dtype), *affine)
+            self.co_attention_affine = ChannelAffine(*(each.to(accurate) for each in affine))
 
-        self.fuse = _frozen(dtype, block.fuse.weight.flatten(1), block.fuse.bias)
-        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        weight, bias = block.fuse.weight.flatten(1), block.fuse.bias
+        self.fuse = Constants(weight=weight.to(dtype), bias=bias.to(dtype))
         affine = constant_affine(block.mlp.norm, f"{name}.mlp.norm")
-        weight, bias = fold_into_linear(*affine, fc1.weight, fc1.bias)
-        self.fc1 = nn.ParameterList([frozen(weight.to(dtype)), frozen(bias.to(wide(dtype)))])
-        self.fc2 = _frozen(dtype, fc2.weight, fc2.bias)
+        weight, bias = fold_into_linear(*affine, block.mlp.fc1.weight, block.mlp.fc1.bias)
+        self.mlp = Constants(
+            fc1_weight=weight.to(dtype),
+            fc1_bias=bias.to(accurate),
+            fc2_weight=block.mlp.fc2.weight.to(dtype),
+            fc2_bias=block.mlp.fc2.bias.to(dtype),
+        )
         self.eval()
 
     global_grid = DSBlock.global_grid
@@ -151,7 +155,7 @@ class OptimizedBlock(nn.Module):
             global_ = tokens.transpose(1, 2).unflatten(2, grid)
 
         x = kernels.upsample_concat(local, global_, *self.fuse, x, backend=backend)
-        return kernels.pointwise_mlp(x, *self.fc1, *self.fc2, backend=backend), local, global_
+        return kernels.pointwise_mlp(x, *self.mlp, backend=backend), local, global_
 
     def train(self, mode: bool = True) -> "OptimizedBlock":
         if mode:
@@ -162,5 +166,10 @@ class OptimizedBlock(nn.Module):
         return f"{self.dim}, local={self.local_dim}, global={self.global_dim}"
 
 
-def _frozen(dtype: torch.dtype, *tensors: Tensor) -> nn.ParameterList:
-    return nn.ParameterList([frozen(tensor.to(dtype)) for tensor in tensors])
+def _of_layers(dtype: torch.dtype, **layers: nn.Module) -> Constants:
+    """Weight and bias of each layer."""
+    parameters = {}
+    for name, layer in layers.items():
+        parameters[f"{name}_weight"] = layer.weight.to(dtype)
+        parameters[f"{name}_bias"] = layer.bias.to(dtype)
+    return Constants(**parameters)

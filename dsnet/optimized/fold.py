@@ -1,5 +1,7 @@
 """BatchNorm in evaluation as constants, in float64."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -36,13 +38,23 @@ def fold_into_linear(
     return (matrix * scale).view_as(weight), moved if bias is None else bias.double() + moved
 
 
-class ChannelAffine(nn.Module):
-    """scale·x + shift per channel of (B, C, H, W), constants in float32 or wider."""
+class Constants(nn.Module):
+    """Parameters that want no gradient, under the given names; ``*constants`` unpacks them."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._parameters.values())
+
+
+class ChannelAffine(Constants):
+    """scale·x + shift per channel of (B, C, H, W)."""
 
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.scale = frozen(scale)
-        self.shift = frozen(shift)
+        super().__init__(scale=scale, shift=shift)
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.addcmul(self.shift.view(-1, 1, 1), x, self.scale.view(-1, 1, 1))
@@ -52,8 +64,3 @@ class ChannelAffine(nn.Module):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of constants that operations take beside activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that wants no gradient."""
-    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..model import DSNet
 from .block import INFERENCE_ONLY
-from .fold import constant_affine, fold_into_linear, frozen
+from .fold import Constants, constant_affine, fold_into_linear
 from .graphs import GraphCache
 
 
@@ -77,8 +77,8 @@ class OptimizedDSNet(Optimized):
         self.graphs = GraphCache()
         self.classifier = None
         if classifier is not None:
-            dtype = module.head.weight.dtype
-            self.classifier = nn.ParameterList([frozen(each.to(dtype)) for each in classifier])
+            weight, bias = (each.to(module.head.weight.dtype) for each in classifier)
+            self.classifier = Constants(weight=weight, bias=bias)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
