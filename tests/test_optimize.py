@@ -68,6 +68,18 @@ def test_block_equals_the_original_where_the_streams_differ_in_width(alpha):
         assert relative(got, expected) < 1e-10
 
 
+def test_every_constant_counts():
+    block = randomise(dsnet.DSBlock(16, 2, 2).double()).eval()
+    optimized, x = dsnet.optimize(block), images(6, 8, channels=16)
+    expected = optimized(x)
+    for name, constant in optimized.named_parameters():
+        kept = constant.clone()
+        constant.mul_(1.01)
+        assert relative(optimized(x), expected) > 1e-8, name
+        constant.copy_(kept)
+    assert torch.equal(optimized(x), expected)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 70), (95, 128)])
 @pytest.mark.parametrize("global_reduction", [(8, 4, 2, 1), (8, 4, 2, 2), (1, 1, 1, 1)])
 def test_equals_the_original_at_any_size_and_reduction(size, global_reduction):
