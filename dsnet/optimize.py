@@ -33,8 +33,8 @@ def optimize(
       operation, which applies them before its zero padding;
     - before the classifier: W·mean(BN(x)) + b = (W·diag(s))·mean(x) + (b + W·t).
 
-    In bfloat16 and float16 a folded layer rounds at the size of s·x, not of s·x + t: where a norm
-    takes away a mean far above its deviation that loses digits, and float32 is the better choice.
+    In bfloat16 and float16 a folded layer rounds at the size of s·x, as x itself is rounded, not at
+    that of s·x + t, which is smaller where a mean is far above the deviation.
 
     Args:
         model: a DSNet, or any module that holds DSBlocks; it is left as it is. Outside the blocks,
@@ -82,7 +82,7 @@ def optimize(
         original = _host_copy(model.state_dict())
         if not isinstance(source, DSNet):
             return Optimized(_replaced(source, dtype, blocks), original)
-        classifier = folded_classifier(source)
+        classifier = folded_classifier(source, dtype)
         return OptimizedDSNet(_replaced(source, dtype, blocks), original, classifier)
 
 

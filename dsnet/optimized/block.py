@@ -52,10 +52,9 @@ class OptimizedBlock(nn.Module):
         accurate = wide(dtype)
         self.position = _of_layers(dtype, conv=block.position.conv)
 
-        affine = constant_affine(block.norm, f"{name}.norm")
-        folded = fold_into_linear(*affine, block.split.weight, block.split.bias)
-        weight, bias = (each.to(dtype) for each in folded)
-        first = self.global_dim
+        split, first = block.split, self.global_dim
+        weight, bias = fold_into_linear(block.norm, f"{name}.norm", split.weight, split.bias, dtype)
+        bias = bias.to(dtype)
         self.split_global = Constants(weight=weight[:first], bias=bias[:first])
         self.split_local = Constants(weight=weight[first:], bias=bias[first:])
 
@@ -89,13 +88,15 @@ class OptimizedBlock(nn.Module):
 
         weight, bias = block.fuse.weight.flatten(1), block.fuse.bias
         self.fuse = Constants(weight=weight.to(dtype), bias=bias.to(dtype))
-        affine = constant_affine(block.mlp.norm, f"{name}.mlp.norm")
-        weight, bias = fold_into_linear(*affine, block.mlp.fc1.weight, block.mlp.fc1.bias)
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        weight, bias = fold_into_linear(
+            block.mlp.norm, f"{name}.mlp.norm", fc1.weight, fc1.bias, dtype
+        )
         self.mlp = Constants(
-            fc1_weight=weight.to(dtype),
+            fc1_weight=weight,
             fc1_bias=bias.to(accurate),
-            fc2_weight=block.mlp.fc2.weight.to(dtype),
-            fc2_bias=block.mlp.fc2.bias.to(dtype),
+            fc2_weight=fc2.weight.to(dtype),
+            fc2_bias=fc2.bias.to(dtype),
         )
         self.eval()
 

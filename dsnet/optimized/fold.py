@@ -27,15 +27,27 @@ def constant_affine(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 
 def fold_into_linear(
-    scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None
+    norm: nn.Module, name: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(W·diag(s), b + W·t): W·(s·x + t) + b as one linear map, in float64.
+    """W' = W·diag(s), rounded to ``dtype``, and b' with W'·x + b' = W·norm(x) + b.
 
-    weight is (out, in), or (out, in, 1, 1) of a convolution, whose shape its result has.
+    b' = b + W·t + (W·diag(s) − W')·mean, in float64: its last term takes the rounding of W' back
+    where x is at the running mean.
+
+    Args:
+        norm: BN(x) = s·x + t, called ``name``.
+        weight: (out, in), or (out, in, 1, 1) of a convolution, whose shape W' has.
+        bias: (out,) or None for 0.
+        dtype: of W'.
+
+    Raises:
+        TypeError, ValueError: as :func:`constant_affine`.
     """
+    scale, shift = constant_affine(norm, name)
     matrix = weight.flatten(1).double()
-    moved = matrix @ shift
-    return (matrix * scale).view_as(weight), moved if bias is None else bias.double() + moved
+    folded = (matrix * scale).to(dtype)
+    moved = matrix @ shift + (matrix * scale - folded.double()) @ norm.running_mean.double()
+    return folded.view_as(weight), moved if bias is None else bias.double() + moved
 
 
 class Constants(nn.Module):

@@ -45,7 +45,8 @@ class CudaGraphs:
                     function(buffer)
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # The default stream of captures is one of the process's first device.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = function(buffer)
 
         def replay(x: Tensor) -> Output:

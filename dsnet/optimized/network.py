@@ -4,12 +4,13 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import DSNet
 from .block import INFERENCE_ONLY
-from .fold import Constants, constant_affine, fold_into_linear
+from .fold import Constants, fold_into_linear
 from .graphs import GraphCache
 
 
@@ -48,12 +49,14 @@ class Optimized(nn.Module):
         return super().train(mode)
 
 
-def folded_classifier(network: DSNet) -> tuple[Tensor, Tensor] | None:
+def folded_classifier(network: DSNet, dtype: torch.dtype | None) -> Constants | None:
     """Weight and bias of the head behind the pooling without the norm, if there are both."""
     head = network.head
     if type(head) is not nn.Linear or isinstance(network.norm, nn.Identity):
         return None
-    return fold_into_linear(*constant_affine(network.norm, "norm"), head.weight, head.bias)
+    dtype = head.weight.dtype if dtype is None else dtype
+    weight, bias = fold_into_linear(network.norm, "norm", head.weight, head.bias, dtype)
+    return Constants(weight=weight, bias=bias.to(dtype))
 
 
 class OptimizedDSNet(Optimized):
@@ -71,14 +74,11 @@ class OptimizedDSNet(Optimized):
         self,
         module: nn.Module,
         original: "OrderedDict[str, Any]",
-        classifier: tuple[Tensor, Tensor] | None = None,
+        classifier: Constants | None,
     ) -> None:
         super().__init__(module, original)
         self.graphs = GraphCache()
-        self.classifier = None
-        if classifier is not None:
-            weight, bias = (each.to(module.head.weight.dtype) for each in classifier)
-            self.classifier = Constants(weight=weight, bias=bias)
+        self.classifier = classifier
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
