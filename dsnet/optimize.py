@@ -34,7 +34,8 @@ def optimize(
     - before the classifier: W·mean(BN(x)) + b = (W·diag(s))·mean(x) + (b + W·t).
 
     In bfloat16 and float16 a folded layer rounds at the size of s·x, as x itself is rounded, not at
-    that of s·x + t, which is smaller where a mean is far above the deviation.
+    that of s·x + t, which is smaller where a mean is far above the deviation. The rounding of
+    folded weights at the mean, (W·diag(s) − W')·mean, is added to the bias.
 
     Args:
         model: a DSNet, or any module that holds DSBlocks; it is left as it is. Outside the blocks,
