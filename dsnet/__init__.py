@@ -5,6 +5,7 @@ from dsnet_kernels.version import __version__
 from .block import DSBlock
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .model import DSNet, create_model
+from .optimize import optimize
 from .variants import list_models
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "create_model",
     "list_models",
     "load_checkpoint",
+    "optimize",
     "save_checkpoint",
 ]

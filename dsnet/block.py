@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import dsnet_kernels as kernels
 
-from .norm import batch_norm_affine
+from .norm import batch_norm, batch_norm_affine
 
 
 def stream_widths(dim: int, num_heads: int, alpha: float) -> tuple[int, int]:
@@ -264,7 +264,7 @@ class DSBlock(nn.Module):
             (B, C, H, W); the local stream (B, Cl, H, W); the global stream (B, Cg, Hg, Wg).
         """
         x = self.position(x)
-        z = self.norm(x)
+        z = batch_norm(self.norm, x)
         grid = self.global_grid(*x.shape[2:])
         if self.local_conv is not None:
             local = self.local_conv(self._split_rows(z, self.global_dim, self.dim))

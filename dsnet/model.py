@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from dsnet_kernels import checks
 
 from .block import DSBlock
+from .norm import batch_norm
 from .variants import PAPER_REDUCTION, VARIANTS, Variant
 
 STAGES = 4
@@ -136,10 +137,14 @@ class DSNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) → (B, 512, ⌊H/32⌋, ⌊W/32⌋), normalised."""
+        return batch_norm(self.norm, self.forward_stages(x))
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """The features before their norm."""
         self._check_image(x)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Global average pooling, dropout, and the classifier unless ``pre_logits``."""
@@ -184,11 +189,11 @@ class DSNet(nn.Module):
         for i, stage in enumerate(self.stages[: last + 1]):
             x, local, global_ = stage.forward_streams(x)
             if i in take:
-                out = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                out = batch_norm(self.norm, x) if norm and i == len(self.stages) - 1 else x
                 intermediates.append((out, local, global_) if streams else out)
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if last == STAGES - 1 else x), intermediates
+        return (batch_norm(self.norm, x) if last == STAGES - 1 else x), intermediates
 
     def prune_intermediate_layers(
         self,

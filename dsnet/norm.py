@@ -42,6 +42,14 @@ def batch_norm_affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale
 
 
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), and that of a SyncBatchNorm on the CPU too, where torch's own refuses to run."""
+    if not isinstance(norm, nn.SyncBatchNorm) or x.device.type != "cpu":
+        return norm(x)
+    scale, shift = batch_norm_affine(norm, x)
+    return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1)).to(x.dtype)
+
+
 def _is_frozen_batch_norm(norm: nn.Module) -> bool:
     if hasattr(norm, "momentum") or not hasattr(norm, "eps"):
         return False
@@ -75,14 +83,27 @@ def _world_size(norm: nn.SyncBatchNorm) -> int:
 
 def _synchronise(x: Tensor, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and variance over all processes, any of which may hold no image."""
-    from torch.distributed.nn.functional import all_reduce
-
     group = group or distributed.group.WORLD
     dims = (0, 2, 3)
-    sums = all_reduce(torch.cat([x.sum(dims), x.new_full((1,), count)]), group=group)
+    sums = _SumOverProcesses.apply(torch.cat([x.sum(dims), x.new_full((1,), count)]), group)
     total, mean = sums[-1], sums[:-1] / sums[-1]
-    spread = all_reduce((x - mean.view(-1, 1, 1)).square().sum(dims), group=group)
+    spread = _SumOverProcesses.apply((x - mean.view(-1, 1, 1)).square().sum(dims), group)
     return total, mean, spread / total
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' x; each x has part in all their losses, whose gradients add up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverProcesses.apply(grad, ctx.group), None
 
 
 def _update_running(norm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:

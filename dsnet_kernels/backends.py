@@ -192,6 +192,20 @@ def select(
     raise BackendUnavailable(f"{operation.name}: no requested backend can run: {reasons}")
 
 
+def kernel_backends(names: str | Sequence[str] | None, device: str) -> tuple[str, ...]:
+    """What ``names`` stands for on a type of device, without the reference; None: those in force.
+
+    Raises:
+        ValueError: for an unknown name, or an empty list.
+    """
+    found = (
+        name
+        for name, by_auto in _candidates(names)
+        if name != "reference" and not (by_auto and AUTO_DEVICE.get(name, device) != device)
+    )
+    return tuple(dict.fromkeys(found))
+
+
 def available_backends(operation: str | None = None) -> tuple[str, ...]:
     """Backends whose code is present and loadable here, for one operation or for any.
 

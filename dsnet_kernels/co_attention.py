@@ -202,8 +202,10 @@ class _CoAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_local, grad_global, *_):
-        local, global_, *softmaxes, attended, seed = ctx.saved_tensors[:6]
-        parameters = ctx.saved_tensors[6:]
+        # Read once, as checkpointing demands.
+        saved = ctx.saved_tensors
+        local, global_, *softmaxes, attended, seed = saved[:6]
+        parameters = saved[6:]
         grad_local, grad_global, flat = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")(
             grad_local,
             grad_global,

@@ -12,12 +12,30 @@ SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2
 def small(cls=DSNet, dtype=torch.float64, **kwargs):
     """A quick network with statistics away from their initial values."""
     torch.manual_seed(0)
-    model = cls(SMALL, **({"num_classes": 7} if cls is DSNet else {}), **kwargs).to(dtype)
+    defaults = {"num_classes": 7} if cls is DSNet else {}
+    model = cls(SMALL, **(defaults | kwargs)).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model.eval()
+
+
+def randomise(module, seed=0):
+    """Every parameter and statistic away from its initial value, so that none can be left out."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("running_var"):
+            noise = 1 + 0.5 * noise.abs()
+        elif tensor.dim() == 1:
+            noise = (1.0 if name.endswith("weight") else 0.0) + 0.3 * noise
+        else:
+            noise = noise / tensor[0].numel() ** 0.5
+        tensor.copy_(noise)
+    return module
 
 
 def images(height=64, width=64, batch=2, channels=3, dtype=torch.float64, seed=1):

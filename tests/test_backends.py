@@ -266,6 +266,22 @@ def test_available_backends_of_an_operation_and_of_any():
         available_backends("conv")
 
 
+@pytest.mark.parametrize(
+    ("names", "device", "expected"),
+    [
+        ("auto", "cpu", ("cpu", "sdpa")),
+        ("auto", "cuda", ("cuda", "triton", "sdpa")),
+        (["triton", "auto", "reference"], "cpu", ("triton", "cpu", "sdpa")),
+        ("cuda", "cpu", ("cuda",)),
+        ("reference", "cpu", ()),
+        (None, "cpu", ("triton",)),
+    ],
+)
+def test_kernel_backends_are_those_meant_without_the_reference(names, device, expected):
+    with dsnet_kernels.backend(["triton", "reference"]):
+        assert backends.kernel_backends(names, device) == expected
+
+
 def test_every_preference_is_a_backend_and_the_reference_comes_last():
     assert sorted(PREFERENCE) == sorted(BACKENDS)
     assert PREFERENCE[-1] == "reference"

@@ -7,30 +7,13 @@ import block_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from small_network import images
+from small_network import images, randomise
 from torch.nn import functional as F
 
 from dsnet import DSBlock
 from dsnet.block import DropPath, stream_widths
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def randomise(module, seed=0):
-    """Every parameter and statistic away from its initial value, so that none can be left out."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("running_var"):
-            noise = 1 + 0.5 * noise.abs()
-        elif tensor.dim() == 1:
-            noise = (1.0 if name.endswith("weight") else 0.0) + 0.3 * noise
-        else:
-            noise = noise / tensor[0].numel() ** 0.5
-        tensor.copy_(noise)
-    return module
 
 
 def make_block(dim=16, heads=2, reduction=2, **kwargs):

@@ -161,7 +161,7 @@ def test_public_names_exist():
 def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": public_state_dict()}, "dsnet_tiny.pth")
-    networks, checkpoints, operations = fenced(README, "python")
+    networks, optimized, checkpoints, operations = fenced(README, "python")
     (shown,) = fenced(README, "text")
     names = {}
     with dsnet_kernels.backend("auto"), torch.random.fork_rng():
@@ -172,6 +172,10 @@ def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
             (320, 10, 16),
             (512, 5, 8),
         ]
+        expected = names["model"].state_dict()
+        exec(optimized, names)
+        assert names["logits"].dtype == torch.bfloat16
+        assert all(torch.equal(expected[k], v) for k, v in names["model"].state_dict().items())
         exec(checkpoints, names)
         assert names["model"].global_reduction == PUBLIC_REDUCTION
         assert dsnet.load_checkpoint("dsnet_tiny", "dsnet_tiny.safetensors").num_classes == 1000

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..model import DSNet
+from ..optimized import Optimized
 from ..variants import VARIANTS
 from .errors import listing
 from .file import FORMAT_VERSION, Checkpoint, read_checkpoint
@@ -27,6 +28,11 @@ def save_checkpoint(model: DSNet, path: str | PathLike, *, overwrite: bool = Fal
         TypeError: for a model that is no DSNet.
         ValueError: for a model with a number that is not finite.
     """
+    if isinstance(model, Optimized):
+        raise TypeError(
+            "model: expected a DSNet, got one optimised for inference, whose norms are folded;"
+            " save the model that it was made from"
+        )
     if not isinstance(model, DSNet):
         raise TypeError(f"model: expected a DSNet, got {type(model).__name__}")
     state = model.state_dict()

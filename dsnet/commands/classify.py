@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..data import ImageError
-    from ..model import DSNet
+    from ..optimized import OptimizedDSNet
 
 NAME = "classify"
 HELP = "classify photos"
@@ -132,39 +132,39 @@ def read_labels(path: str, classes: int) -> list[str]:
     return labels
 
 
-def _model(args: argparse.Namespace) -> "DSNet":
-    """The network that was asked for, in evaluation mode."""
+def _model(args: argparse.Namespace) -> "OptimizedDSNet":
+    """The network that was asked for, optimised for inference."""
     import torch
 
     from ..model import create_model
+    from ..optimize import optimize
 
     try:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:  # AssertionError: a torch without that device
         raise ValueError(f"--device: cannot use {args.device!r}: {error}") from error
-    placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     if args.weights:
         from ..checkpoint import read_checkpoint
 
         checkpoint = read_checkpoint(args.weights)
         # A network of no published variant is refused by build, which names what it expected.
         name = args.model or checkpoint.variant or " or ".join(list_models())
-        model = checkpoint.build(name, **placement).eval()
+        model = checkpoint.build(name, device=args.device)
         if model.num_classes == 0:
             raise ValueError(
                 f"{args.weights}: expected a network with a classifier, got one without"
             )
-        return model
-    if not args.random_weights:
+    elif args.random_weights:
+        print(f"{args.prog}: random weights: the predictions mean nothing", file=sys.stderr)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)
+            model = create_model(args.model or list_models()[0]).to(args.device)
+    else:
         raise ValueError(
             "expected --weights FILE: without weights the predictions would be random"
             " (--random-weights to see them all the same)"
         )
-    print(f"{args.prog}: random weights: the predictions mean nothing", file=sys.stderr)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)
-        model = create_model(args.model or list_models()[0])
-    return model.to(**placement).eval()
+    return optimize(model, dtype=getattr(torch, args.dtype), backend=None)
 
 
 def _load(
@@ -189,7 +189,7 @@ def _load(
 
 
 def _predict(
-    model: "DSNet", batch: "list[tuple[Path, Tensor]]", topk: int
+    model: "OptimizedDSNet", batch: "list[tuple[Path, Tensor]]", topk: int
 ) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Each file with its ``topk`` likeliest classes, the likeliest first."""
     import torch

@@ -1,0 +1,10 @@
+"""What :func:`dsnet.optimize` returns.
+
+``fold`` has the algebra, ``block`` a DSBlock without norms, ``network`` the module around a whole
+network, ``graphs`` its CUDA graphs.
+"""
+
+from .block import OptimizedBlock
+from .network import Optimized, OptimizedDSNet
+
+__all__ = ["Optimized", "OptimizedBlock", "OptimizedDSNet"]
