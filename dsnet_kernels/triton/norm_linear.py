@@ -133,19 +133,8 @@ def grad_parameters(
     launch, slots = grad_weight_launch(p)
     partial_weight, partial_bias = _sums(x, slots, p.outputs, p.width), _sums(x, slots, p.outputs)
     launch(x, grad_y, statistics, partial_weight, partial_bias, p.rows, slots)
-    return sum_slots(p, x, partial_weight, partial_bias, parameters)
 
-
-def sum_slots(
-    p: NormLinear,
-    x: Tensor,
-    partial_weight: Tensor,
-    partial_bias: Tensor,
-    parameters: list[Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the parameters from Σ dyᵀ·n (slots, O, C) and Σ dy (slots, O)."""
     norm_weight, norm_bias, linear_weight, _ = parameters
-    slots = partial_weight.shape[0]
     launch, blocks = sum_slots_launch(p, slots)
     grad_weight, grad_bias = _sums(x, p.outputs, p.width), _sums(x, p.outputs)
     partial_norm = _sums(x, blocks, 2, p.width)
@@ -155,7 +144,7 @@ def sum_slots(
         norm_weight,
         norm_bias,
         linear_weight,
-        x,
+        grad_y,
         grad_weight,
         grad_bias,
         partial_norm,

@@ -43,21 +43,15 @@ def normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def affine(b, norm_weight, norm_bias, o_c, m, WIDTH: tl.constexpr):
-    """Columns ``o_c`` of b∘norm_weight + norm_bias where ``m``, zero elsewhere; b without both."""
-    if norm_weight is not None or norm_bias is not None:
-        m_c = o_c < WIDTH
-        b_weight = parameter(norm_weight, o_c, m_c, 1.0)
-        b = tl.where(m, tl.fma(b, b_weight, parameter(norm_bias, o_c, m_c, 0.0)), 0.0)
-    return b
-
-
-@triton.jit
 def normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, WIDTH: tl.constexpr):
     """Columns ``o_c`` of n∘norm_weight + norm_bias in x's dtype, zero outside."""
     b = normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH)
-    m = m_t[:, None] & (o_c < WIDTH)[None, :]
-    return affine(b, norm_weight, norm_bias, o_c, m, WIDTH).to(p_x.dtype.element_ty)
+    if norm_weight is not None or norm_bias is not None:
+        m_c = o_c < WIDTH
+        b_weight = parameter(norm_weight, o_c, m_c, 1.0)
+        b = tl.fma(b, b_weight, parameter(norm_bias, o_c, m_c, 0.0))
+        b = tl.where(m_t[:, None] & m_c[None, :], b, 0.0)
+    return b.to(p_x.dtype.element_ty)
 
 
 @triton.jit
@@ -243,7 +237,7 @@ def norm_linear_sum_slots(
     norm_weight,  # (C), or None without LAYER_NORM
     norm_bias,  # (C), likewise
     linear_weight,  # (O, C)
-    x,  # (T, C), only for the dtype of the products
+    grad_y,  # (T, O), only for the dtype of the products
     grad_weight,  # (O, C)
     grad_bias,  # (O)
     partial_norm,  # (blocks of O, 2, C)
@@ -281,7 +275,7 @@ def norm_linear_sum_slots(
     tl.store(grad_bias + o_n, b_bias, mask=m_n & (i_c == 0))
 
     # As the products take it.
-    b_w = tl.load(linear_weight + o_w, mask=m, other=0).to(x.dtype.element_ty).to(tl.float32)
+    b_w = tl.load(linear_weight + o_w, mask=m, other=0).to(grad_y.dtype.element_ty).to(tl.float32)
     p_norm = partial_norm + i_n * (2 * WIDTH) + o_c
     tl.store(p_norm, tl.sum(b_w * b_sum, 0), mask=m_c)
     tl.store(p_norm + WIDTH, tl.sum(b_w * b_bias[:, None], 0), mask=m_c)

@@ -5,6 +5,7 @@ float32, whose products on FMA units outweigh memory, take one launch per produc
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,9 @@ from .products import Columns, multiply_over_rows
 
 FUSED_WIDTH = 128
 """Channels up to which a program has registers for whole rows and their sums."""
+
+SLOTS = 128
+"""Partial sums of the weights' gradients of few channels, at most."""
 
 
 @dataclass(frozen=True)
@@ -66,59 +70,59 @@ class Problem:
         return {"WIDTH": self.width, "HIDDEN": self.hidden}
 
 
-def forward_launch(p: Problem) -> Launch:
+def _fused_constants(p: Problem, block_t: int) -> dict[str, int]:
+    """Chunks of 64 hidden channels, or of 32 beside sums that take most of the registers."""
+    block_r = block(p.hidden, 64 if p.width <= 64 else 32)
+    return p.sizes | {"BLOCK_T": block_t, "BLOCK_C": block(p.width), "BLOCK_R": block_r}
+
+
+def _rows_launch(p: Problem, kernel: Any) -> Launch:
     """128 rows for each pass over the weights where that leaves no multiprocessor idle."""
     block_t = 128 if p.rows >= 128 * MULTIPROCESSORS else 64
-    constants = p.sizes | {
-        "BLOCK_T": block_t,
-        "BLOCK_C": block(p.width),
-        "BLOCK_R": block(p.hidden, 64),
-    }
-    programs = triton.cdiv(p.rows, block_t)
-    return Launch(pointwise_mlp_forward, programs, constants, warps=block_t // 16, stages=2)
+    programs, constants = triton.cdiv(p.rows, block_t), _fused_constants(p, block_t)
+    return Launch(kernel, programs, constants, warps=block_t // 16, stages=2)
+
+
+def forward_launch(p: Problem) -> Launch:
+    return _rows_launch(p, pointwise_mlp_forward)
 
 
 def grad_x_launch(p: Problem) -> Launch:
-    """As the forward, but two products of a chunk are in registers at a time."""
-    block_t = 128 if p.rows >= 128 * MULTIPROCESSORS else 64
-    constants = p.sizes | {
-        "BLOCK_T": block_t,
-        "BLOCK_C": block(p.width),
-        "BLOCK_R": block(p.hidden, 64 if p.width <= 64 else 32),
-    }
-    programs = triton.cdiv(p.rows, block_t)
-    return Launch(pointwise_mlp_grad_x, programs, constants, warps=block_t // 16, stages=2)
+    return _rows_launch(p, pointwise_mlp_grad_x)
 
 
 def grad_weights_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of slots: two programs for each multiprocessor, but no empty slot."""
-    block_r, block_t = block(p.hidden, 64), 32
-    chunks = triton.cdiv(p.hidden, block_r)
+    block_t = 32
+    constants = _fused_constants(p, block_t)
+    chunks = triton.cdiv(p.hidden, constants["BLOCK_R"])
     wanted = triton.cdiv(2 * MULTIPROCESSORS, chunks)
-    slots = min(norm_linear.SLOTS, wanted, triton.cdiv(p.rows, block_t))
-    constants = p.sizes | {"BLOCK_T": block_t, "BLOCK_C": block(p.width), "BLOCK_R": block_r}
-    return Launch(pointwise_mlp_grad_weights, chunks * slots, constants, 4, stages=2), slots
+    slots = min(SLOTS, wanted, triton.cdiv(p.rows, block_t))
+    return Launch(pointwise_mlp_grad_weights, chunks * slots, constants, warps=4, stages=3), slots
 
 
 def _product_launch(
-    p: Problem, kernel: triton.JITFunction, width: int, outputs: int, **constants: int
+    p: Problem, kernel: Any, width: int, outputs: int, columns: int, constants: dict[str, int]
 ) -> Launch:
-    """A product of the rows: blocks of 128 rows where these leave no multiprocessor idle."""
+    """Blocks of 64 rows and columns, larger ones where these leave no multiprocessor idle.
+
+    ``columns`` are what registers hold of 128 rows.
+    """
     block_t, block_n, block_c = 64, block(outputs, 64), block(width, 64) if p.narrow else 16
     if p.narrow and p.rows * outputs >= 128 * 128 * MULTIPROCESSORS:
         # Not where more columns would be padding.
-        block_t, block_n = 128, 128 if outputs % 128 == 0 else block_n
-    constants |= {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_C": block_c}
+        block_t, block_n = 128, columns if outputs % columns == 0 else block_n
+    constants = constants | {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_C": block_c}
     programs = triton.cdiv(p.rows, block_t) * triton.cdiv(outputs, block_n)
     return Launch(kernel, programs, constants, warps=block_t // 16, stages=3 if p.narrow else 2)
 
 
 def hidden_launch(p: Problem) -> Launch:
-    return _product_launch(p, pointwise_mlp_hidden, p.width, p.hidden, **p.sizes)
+    return _product_launch(p, pointwise_mlp_hidden, p.width, p.hidden, 128, p.sizes)
 
 
 def grad_hidden_launch(p: Problem) -> Launch:
-    return _product_launch(p, pointwise_mlp_grad_hidden, p.width, p.hidden, **p.sizes)
+    return _product_launch(p, pointwise_mlp_grad_hidden, p.width, p.hidden, 64, p.sizes)
 
 
 def residual_launch(p: Problem, strides: tuple[int, int]) -> Launch:
@@ -128,7 +132,7 @@ def residual_launch(p: Problem, strides: tuple[int, int]) -> Launch:
     """
     output, width = strides
     constants = {"WIDTH": p.hidden, "OUTPUTS": p.width, "M_OUTPUT": output, "M_WIDTH": width}
-    return _product_launch(p, pointwise_mlp_residual, p.hidden, p.width, **constants)
+    return _product_launch(p, pointwise_mlp_residual, p.hidden, p.width, 128, constants)
 
 
 def _check(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, **others: Tensor | None) -> Problem:
@@ -175,7 +179,8 @@ def forward(
         return image_of(out), hidden
     fc1_weight, fc2_weight = (w.to(p.dtype).contiguous() for w in (fc1_weight, fc2_weight))
     fc1_bias, fc2_bias, scale, shift = map(contiguous, vectors.values())
-    branch_scale, kept = contiguous(branch_scale), hidden if keep_hidden else None
+    branch_scale = contiguous(branch_scale)
+    kept = hidden if keep_hidden else None
     with torch.cuda.device_of(x):
         if p.fused:
             parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, branch_scale)
@@ -217,60 +222,61 @@ def backward(
         sums = (x.new_zeros(size, dtype=torch.float32) for size in sizes)
         return image_of(torch.empty_like(x)), *sums
     fc1_weight, fc2_weight = (w.to(p.dtype).contiguous() for w in (fc1_weight, fc2_weight))
-    parameters = (fc1_weight, *(map(contiguous, (fc1_bias, fc2_weight, scale, shift))))
-    branch_scale = contiguous(branch_scale)
+    fc1_bias, scale, shift = map(contiguous, vectors.values())
+    parameters = (fc1_weight, fc1_bias, fc2_weight, scale, shift)
+    grad_branch = grad
+    if branch_scale is not None:
+        grad_branch = grad * branch_scale.to(p.dtype).view(-1, 1, 1, 1)
     with torch.cuda.device_of(x):
-        compute = _fused_gradients if p.fused and hidden is None else _gradients
-        operands = () if compute is _fused_gradients else (hidden,)
-        grad_x, *grads = compute(p, grad, x, *operands, parameters, branch_scale)
+        if p.fused and hidden is None:
+            grad_x, *grads = _fused_gradients(p, grad, grad_branch, x, *parameters)
+        else:
+            grad_x, *grads = _gradients(p, grad, grad_branch, x, hidden, *parameters)
     return image_of(grad_x), *grads
 
 
 def _fused_gradients(
     p: Problem,
     grad: Tensor,
+    grad_branch: Tensor,
     x: Tensor,
-    parameters: tuple[Tensor | None, ...],
-    branch_scale: Tensor | None,
+    *parameters: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The gradients with the hidden activations computed again."""
-    fc1_weight, _, _, scale, shift = parameters
-    grad_x = torch.empty_like(x)
-    grad_x_launch(p)(grad, x, *parameters, branch_scale, grad_x, p.rows, p.pixels)
+    launch = grad_x_launch(p)
+    grad_x, sums = torch.empty_like(x), _sums(x, launch.programs, 3, p.width)
+    launch(grad, grad_branch, x, *parameters, grad_x, sums, p.rows)
+    grad_fc2_bias, grad_scale, grad_shift = sums.sum(0)
+
     launch, slots = grad_weights_launch(p)
-    sizes = ((p.hidden, p.width), (p.hidden,), (p.width, p.hidden), (p.width,))
-    partial_fc1, partial_fc1_bias, *partial_fc2 = partials = [
-        x.new_empty((slots, *size), dtype=torch.float32) for size in sizes
-    ]
-    launch(grad, x, *parameters, branch_scale, *partials, p.rows, p.pixels, slots)
-    grad_scale, grad_shift, *grad_fc1 = norm_linear.sum_slots(
-        p.first, x, partial_fc1, partial_fc1_bias, [scale, shift, fc1_weight, None]
-    )
-    return grad_x, *grad_fc1, *(partial.sum(0) for partial in partial_fc2), grad_scale, grad_shift
+    sizes = ((p.hidden, p.width), (p.hidden,), (p.width, p.hidden))
+    partials = [_sums(x, slots, *size) for size in sizes]
+    launch(grad_branch, x, *parameters, *partials, p.rows, slots)
+    grad_weights = (partial.sum(0) for partial in partials)
+    return grad_x, *grad_weights, grad_fc2_bias, grad_scale, grad_shift
 
 
 def _gradients(
     p: Problem,
     grad: Tensor,
+    grad_branch: Tensor,
     x: Tensor,
     hidden: Tensor | None,
-    parameters: tuple[Tensor | None, ...],
-    branch_scale: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The gradients with the hidden activations and theirs in memory."""
-    fc1_weight, fc1_bias, fc2_weight, scale, shift = parameters
     if hidden is None:
         hidden = x.new_empty((p.kept,))
         hidden_launch(p)(x, scale, shift, fc1_weight, fc1_bias, hidden, None, p.rows)
-    scaled = grad
-    if branch_scale is not None:
-        scaled = grad * branch_scale.to(p.dtype).view(-1, 1, 1, 1)
     activated, grad_hidden = (x.new_empty((p.rows, p.hidden)) for _ in range(2))
-    grad_hidden_launch(p)(scaled, fc2_weight, hidden, activated, grad_hidden, p.rows)
+    grad_hidden_launch(p)(grad_branch, fc2_weight, hidden, activated, grad_hidden, p.rows)
 
-    grad_fc2 = x.new_empty((p.width, p.hidden), dtype=torch.float32)
-    grad_fc2_bias = x.new_empty((p.width,), dtype=torch.float32)
-    columns = (Columns(scaled), Columns(activated), Columns(grad_fc2))
+    grad_fc2, grad_fc2_bias = _sums(x, p.width, p.hidden), _sums(x, p.width)
+    columns = (Columns(grad_branch), Columns(activated), Columns(grad_fc2))
     multiply_over_rows(*columns, p.dtype, sums=grad_fc2_bias)
 
     grad_x = torch.empty_like(x)
@@ -280,3 +286,7 @@ def _gradients(
         p.first, x, grad_hidden, [scale, shift, fc1_weight, None]
     )
     return grad_x, *grad_fc1, grad_fc2, grad_fc2_bias, grad_scale, grad_shift
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)

@@ -139,7 +139,8 @@ def backward(
         return *(image_of(local.new_zeros(shape)) for shape in streams), *sums
     if branch_scale is not None:
         grad = grad * branch_scale.to(grad.dtype).view(-1, 1, 1, 1)
-    grad, local, global_, weight = rows_of(grad), rows_of(local), rows_of(global_), weight.contiguous()
+    grad, local, global_ = rows_of(grad), rows_of(local), rows_of(global_)
+    weight = weight.contiguous()
     grad_local, grad_global = torch.empty_like(local), torch.empty_like(global_)
     grad_weight = weight.new_empty(weight.shape, dtype=torch.float32)
     grad_bias = weight.new_empty((p.channels,), dtype=torch.float32)
