@@ -114,7 +114,10 @@ def _product_launch(
         block_t, block_n = 128, columns if outputs % columns == 0 else block_n
     constants = constants | {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_C": block_c}
     programs = triton.cdiv(p.rows, block_t) * triton.cdiv(outputs, block_n)
-    return Launch(kernel, programs, constants, warps=block_t // 16, stages=3 if p.narrow else 2)
+    if p.narrow:
+        return Launch(kernel, programs, constants, warps=block_t // 16, stages=3)
+    # Without a limit the assembler spills some registers for the sake of more programs.
+    return Launch(kernel, programs, constants, warps=4, stages=2, registers=128)
 
 
 def hidden_launch(p: Problem) -> Launch:
