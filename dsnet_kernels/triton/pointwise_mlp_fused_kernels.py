@@ -106,7 +106,7 @@ def pointwise_mlp_grad_x(
     b_x = tl.load(x + o_x, mask=m, other=0).to(tl.float32)
     tl.store(p_sums + WIDTH, tl.sum(b * b_x, 0), mask=m_c)
     tl.store(p_sums + 2 * WIDTH, tl.sum(b, 0), mask=m_c)
-    add_residual(b, None, scale, None, grad, grad_x, o_x, o_t, o_c, m_t, m_c, rows)
+    add_residual(b, None, scale, None, grad, grad_x, o_x, o_t, o_c, m_t, m_c, None)
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])

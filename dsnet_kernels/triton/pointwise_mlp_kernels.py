@@ -15,34 +15,50 @@ DENSITY_AT_ZERO = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
+def _cdf(b):
+    """Φ(u)."""
+    return tl.fma(tl.math.erf(b * SQRT_HALF), 0.5, 0.5)
+
+
+@triton.jit
 def gelu(b):
     """u·Φ(u) in float32."""
-    return b * tl.fma(tl.math.erf(b * SQRT_HALF), 0.5, 0.5)
+    return b * _cdf(b)
 
 
 @triton.jit
 def gelu_and_derivative(b):
     """u·Φ(u) and Φ(u) + u·φ(u) in float32."""
-    b_cdf = tl.fma(tl.math.erf(b * SQRT_HALF), 0.5, 0.5)
+    b_cdf = _cdf(b)
     b_density = tl.exp2(b * b * (-0.5 * LOG2_E)) * DENSITY_AT_ZERO
     return b * b_cdf, tl.fma(b, b_density, b_cdf)
 
 
 @triton.jit
-def image_factors(branch_scale, o_t, m_t, pixels):
-    """The factor of each row's image, as a column in float32."""
-    return tl.load(branch_scale + o_t // pixels, mask=m_t, other=0).to(tl.float32)[:, None]
+def store_hidden(hidden, b, o_t, o_r, rows, HIDDEN: tl.constexpr):
+    """Columns ``o_r`` of what the backward reads, with the padding: no element stays unwritten.
+
+    A block has a multiple of 16 rows, so that the padding lies in the last one.
+    """
+    m = (o_t // 16 * 16 < rows)[:, None] & (o_r < HIDDEN)[None, :]
+    p_hidden = hidden + o_t[:, None] * HIDDEN + o_r[None, :]
+    tl.store(p_hidden, b.to(hidden.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def store_hidden(hidden, b, o_t, o_r, rows, HIDDEN: tl.constexpr):
-    """Columns ``o_r`` of what the backward reads; with its padding, so that all of it is written.
-
-    The padding is rows up to a multiple of 16, which divides the rows of a block.
-    """
-    m = (o_t < (rows + 15) // 16 * 16)[:, None] & (o_r < HIDDEN)[None, :]
-    p_hidden = hidden + o_t[:, None] * HIDDEN + o_r[None, :]
-    tl.store(p_hidden, b.to(hidden.dtype.element_ty), mask=m)
+def add_residual(
+    b, bias, column_scale, branch_scale, residual, out, o_out, o_t, o_n, m_t, m_n, pixels
+):
+    """Stores residual + branch_scale·column_scale∘(b + bias)."""
+    if bias is not None:
+        b += tl.load(bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
+    if column_scale is not None:
+        b *= tl.load(column_scale + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
+    if branch_scale is not None:
+        b *= tl.load(branch_scale + o_t // pixels, mask=m_t, other=0).to(tl.float32)[:, None]
+    m = m_t[:, None] & m_n[None, :]
+    b += tl.load(residual + o_out, mask=m, other=0).to(tl.float32)
+    tl.store(out + o_out, b.to(out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -134,22 +150,6 @@ def pointwise_mlp_residual(
     add_residual(
         b, bias, column_scale, branch_scale, residual, out, o_out, o_t, o_n, m_t, m_n, pixels
     )
-
-
-@triton.jit
-def add_residual(
-    b, bias, column_scale, branch_scale, residual, out, o_out, o_t, o_n, m_t, m_n, pixels
-):
-    """Stores residual + branch_scale·column_scale∘(b + bias)."""
-    if bias is not None:
-        b += tl.load(bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
-    if column_scale is not None:
-        b *= tl.load(column_scale + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
-    if branch_scale is not None:
-        b *= image_factors(branch_scale, o_t, m_t, pixels)
-    m = m_t[:, None] & m_n[None, :]
-    b += tl.load(residual + o_out, mask=m, other=0).to(tl.float32)
-    tl.store(out + o_out, b.to(out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["rows"])
