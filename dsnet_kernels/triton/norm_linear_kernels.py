@@ -8,7 +8,7 @@ parameters are partial sums over a fixed cut of the rows.
 import triton
 import triton.language as tl
 
-from .common_kernels import parameter
+from .common_kernels import parameter, program_block
 
 
 @triton.jit
@@ -79,12 +79,7 @@ def norm_linear(
     BLOCK_C: tl.constexpr,
 ):
     """y = n·Wᵀ + b: a block of rows and of columns."""
-    COLUMN_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    i_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_t = i_t + tl.arange(0, BLOCK_T)
-    m_t = o_t < rows
-    m_n = o_n < OUTPUTS
+    o_t, o_n, m_t, m_n = program_block(rows, OUTPUTS, BLOCK_T, BLOCK_N)
     p_x = x + o_t * WIDTH
     b_mean, b_rstd = None, None
     if LAYER_NORM:

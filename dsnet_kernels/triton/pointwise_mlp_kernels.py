@@ -7,7 +7,7 @@ end, so that each value meets them once.
 import triton
 import triton.language as tl
 
-from .common_kernels import LOG2_E
+from .common_kernels import LOG2_E, program_block
 from .norm_linear_kernels import normalised, with_bias
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -62,15 +62,6 @@ def add_residual(
 
 
 @triton.jit
-def _block(rows, OUTPUTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of the program's block, and which of them there are."""
-    COLUMN_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    o_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    return o_t, o_n, o_t < rows, o_n < OUTPUTS
-
-
-@triton.jit
 def _product(
     p_x,
     p_matrix,  # the rows of the matrix
@@ -110,7 +101,7 @@ def pointwise_mlp_hidden(
     BLOCK_C: tl.constexpr,
 ):
     """hidden = z·W₁ᵀ + b₁ with z = scale·x + shift, and activated = GELU(hidden) unrounded."""
-    o_t, o_r, m_t, m_r = _block(rows, HIDDEN, BLOCK_T, BLOCK_N)
+    o_t, o_r, m_t, m_r = program_block(rows, HIDDEN, BLOCK_T, BLOCK_N)
     p_weight = fc1_weight + o_r * WIDTH
     b = _product(x + o_t * WIDTH, p_weight, scale, shift, m_t, m_r, WIDTH, 1, BLOCK_C)
     if fc1_bias is not None:
@@ -143,7 +134,7 @@ def pointwise_mlp_residual(
     BLOCK_C: tl.constexpr,
 ):
     """out = residual + branch_scale·column_scale∘(x·matrixᵀ + bias)."""
-    o_t, o_n, m_t, m_n = _block(rows, OUTPUTS, BLOCK_T, BLOCK_N)
+    o_t, o_n, m_t, m_n = program_block(rows, OUTPUTS, BLOCK_T, BLOCK_N)
     p_matrix = matrix + o_n * M_OUTPUT
     b = _product(x + o_t * WIDTH, p_matrix, None, None, m_t, m_n, WIDTH, M_WIDTH, BLOCK_C)
     o_out = o_t[:, None] * OUTPUTS + o_n[None, :]
@@ -167,7 +158,7 @@ def pointwise_mlp_grad_hidden(
     BLOCK_C: tl.constexpr,
 ):
     """grad_hidden = (grad·W₂)∘GELU'(hidden), and activated = GELU(hidden)."""
-    o_t, o_r, m_t, m_r = _block(rows, HIDDEN, BLOCK_T, BLOCK_N)
+    o_t, o_r, m_t, m_r = program_block(rows, HIDDEN, BLOCK_T, BLOCK_N)
     p_weight = fc2_weight + o_r
     b = _product(grad + o_t * WIDTH, p_weight, None, None, m_t, m_r, WIDTH, HIDDEN, BLOCK_C)
     m = m_t[:, None] & m_r[None, :]
