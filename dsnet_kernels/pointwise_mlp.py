@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, native, operators
+from . import checks, native, operators, triton
 from .backends import Operation, register, select
 from .reference import pointwise_mlp as reference
 
@@ -26,12 +26,16 @@ def _cpu_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
     return native.cpu_can_run(x) or _kernel_refusal(x, fc1_weight)
 
 
+def _triton_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
+    return triton.can_run(x) or _kernel_refusal(x, fc1_weight)
+
+
 OPERATION = register(
     Operation(
         "pointwise_mlp",
         tensors=("x", "fc1_weight"),
-        present={"cpu": native.cpu_refusal},
-        can_run={"cpu": _cpu_can_run},
+        present={"cpu": native.cpu_refusal, "triton": lambda: triton.REFUSAL},
+        can_run={"cpu": _cpu_can_run, "triton": _triton_can_run},
     )
 )
 
@@ -66,7 +70,7 @@ def _fake_backward(grad, x, hidden, fc1_weight, fc1_bias, fc2_weight, scale, shi
     return operators.empty_channels_last(x), *parameters
 
 
-for _name in (NATIVE,):
+for _name in (NATIVE, TRITON):
     operators.define(
         _name,
         "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
@@ -81,6 +85,9 @@ for _name in (NATIVE,):
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     )
+
+
+triton.implement("pointwise_mlp")
 
 
 class _PointwiseMlp(torch.autograd.Function):

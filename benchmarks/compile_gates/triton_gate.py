@@ -28,6 +28,7 @@ from dsnet_kernels.triton import co_attention_launches as co_attention
 from dsnet_kernels.triton import depthwise_conv3x3 as depthwise
 from dsnet_kernels.triton import global_attention as attention
 from dsnet_kernels.triton import norm_linear, products
+from dsnet_kernels.triton import pointwise_mlp as mlp
 from dsnet_kernels.triton import upsample_concat as upsample
 from dsnet_kernels.triton.launch import Launch
 
@@ -87,6 +88,10 @@ def cases() -> Iterator[Case]:
         yield from _co_attention(dtype, kind, 3136, 1, absorbed=True)
         yield from _co_attention(dtype, kind, 784, 2, absorbed=True)
         yield from _co_attention(dtype, kind, 196, 5, absorbed=False)
+        for rows, width in ((200_704, 64), (12_544, 320)):
+            yield from _mlp(dtype, kind, rows, width)
+    for rows, width in ((50_176, 128), (784, 128), (12_544, 512), (49, 512), (50_176, 17)):
+        yield from _mlp(torch.bfloat16, "bf16", rows, width)
     yield from _co_attention(torch.bfloat16, "bf16", 3136, 1, absorbed=True, dropout=True)
     yield from _co_attention(torch.bfloat16, "bf16", 196, 8, absorbed=True)
     yield from _co_attention(
@@ -134,7 +139,7 @@ def _launched(
     """A launch as compiled; pointers are to float32 but those in ``pointers``."""
     names = launch.kernel.arg_names
     constants = dict.fromkeys((name for name in absent if name in names), None) | launch.constants
-    others = set(names) - constants.keys() - set(FLOATS) - SIZES
+    others = set(names) - constants.keys() - (set(FLOATS) - pointers.keys()) - SIZES
     return Case(
         f"{launch.kernel.fn.__name__} {suffix}",
         launch.kernel,
@@ -197,6 +202,25 @@ def _co_attention(
         yield _launched(launch, suffix, pointers, absent)
     combine = co_attention.combine_launch(p)
     yield _launched(combine, suffix, {})
+
+
+def _mlp(dtype: torch.dtype, kind: str, rows: int, width: int) -> Iterator[Case]:
+    """What so many rows take, with four hidden channels for each one."""
+    p = mlp.Problem(rows, rows, width, 4 * width, dtype)
+    names = "x grad grad_branch grad_x out hidden activated grad_hidden residual matrix"
+    pointers = dict.fromkeys((*names.split(), "fc1_weight", "fc2_weight"), kind) | {"scale": "fp32"}
+    suffix = f"{kind} C={width} T={rows}"
+    if p.fused:
+        for launch in (mlp.forward_launch(p), mlp.grad_x_launch(p), mlp.grad_weights_launch(p)[0]):
+            yield _launched(launch, suffix, pointers, ("hidden",))
+        return
+    for launch in (mlp.hidden_launch(p), mlp.grad_hidden_launch(p)):
+        yield _launched(launch, suffix, pointers)
+    forward, transposed = (
+        mlp.residual_launch(p, strides) for strides in ((p.hidden, 1), (1, width))
+    )
+    yield _launched(forward, suffix, pointers, ("column_scale",))
+    yield _launched(transposed, f"{suffix} transposed", pointers, ("bias", "branch_scale"))
 
 
 def _depthwise(

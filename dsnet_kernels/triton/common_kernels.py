@@ -17,6 +17,15 @@ def parameter(p, o_c, m_c, ABSENT: tl.constexpr):
 
 
 @triton.jit
+def program_block(rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Rows and columns of the program's block, and which of them there are; columns go first."""
+    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    o_r = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return o_r, o_c, o_r < rows, o_c < COLUMNS
+
+
+@triton.jit
 def load_rows(
     p,
     i_row,
@@ -73,6 +82,3 @@ def exp_logits(b_product, b_shift, scale, dtype: tl.constexpr):
     else:
         b_power = tl.fma(b_product, scale * LOG2_E, b_shift * -LOG2_E)
     return tl.exp2(b_power)
-
-
-# ``scale`` is 1/√d, ``threshold`` what a weight's random word is compared with, ``keep_scale``

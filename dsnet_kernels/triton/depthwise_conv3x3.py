@@ -14,6 +14,7 @@ from .depthwise_conv3x3_kernels import (
     depthwise_conv3x3_forward,
     depthwise_conv3x3_sum_slots,
 )
+from .layout import contiguous
 
 THREADS = 128
 """Of a program."""
@@ -154,10 +155,6 @@ def _check(x: Tensor, weight: Tensor, **optional: Tensor | None) -> None:
     checks.parameters("x", x, weight=weight, **optional)
 
 
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -183,9 +180,9 @@ def forward(
         depthwise_conv3x3_forward[(launch.programs,)](
             x,
             weight.reshape(channels, 9).contiguous(),
-            _contiguous(bias),
-            _contiguous(scale),
-            _contiguous(shift),
+            contiguous(bias),
+            contiguous(scale),
+            contiguous(shift),
             out,
             channels // pack,
             height,
@@ -238,8 +235,8 @@ def backward(
             grad,
             x,
             weight.reshape(channels, 9).contiguous(),
-            _contiguous(scale),
-            _contiguous(shift),
+            contiguous(scale),
+            contiguous(shift),
             grad_x,
             partials,
             channels // pack,

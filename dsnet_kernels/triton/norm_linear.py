@@ -115,22 +115,29 @@ def backward(
 
     Those of norm_weight and norm_bias are there even where the parameters are not.
     """
-    norm_weight, norm_bias, linear_weight, _ = parameters
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
+    norm_weight, _, linear_weight, _ = parameters
     grad_x = torch.empty_like(x)
-    statistics = empty(2, p.rows) if p.layer_norm else None
+    statistics = _sums(x, 2, p.rows) if p.layer_norm else None
     grad_x_launch(p)(grad, x, grad_y, norm_weight, linear_weight, grad_x, statistics, p.rows, eps)
+    return grad_x, *grad_parameters(p, x, grad_y, parameters, statistics)
 
+
+def grad_parameters(
+    p: NormLinear,
+    x: Tensor,
+    grad_y: Tensor,
+    parameters: list[Tensor | None],
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the parameters; ``statistics`` are mean and rstd (2, T) for a LayerNorm."""
     launch, slots = grad_weight_launch(p)
-    partial_weight, partial_bias = empty(slots, p.outputs, p.width), empty(slots, p.outputs)
+    partial_weight, partial_bias = _sums(x, slots, p.outputs, p.width), _sums(x, slots, p.outputs)
     launch(x, grad_y, statistics, partial_weight, partial_bias, p.rows, slots)
 
+    norm_weight, norm_bias, linear_weight, _ = parameters
     launch, blocks = sum_slots_launch(p, slots)
-    grad_weight, grad_bias = empty(p.outputs, p.width), empty(p.outputs)
-    partial_norm = empty(blocks, 2, p.width)
+    grad_weight, grad_bias = _sums(x, p.outputs, p.width), _sums(x, p.outputs)
+    partial_norm = _sums(x, blocks, 2, p.width)
     launch(
         partial_weight,
         partial_bias,
@@ -144,4 +151,8 @@ def backward(
         slots,
     )
     grad_norm = (partial_norm[:, i].sum(0) for i in range(2))
-    return grad_x, *grad_norm, grad_weight, grad_bias
+    return *grad_norm, grad_weight, grad_bias
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)

@@ -8,7 +8,7 @@ parameters are partial sums over a fixed cut of the rows.
 import triton
 import triton.language as tl
 
-from .common_kernels import parameter
+from .common_kernels import parameter, program_block
 
 
 @triton.jit
@@ -45,10 +45,12 @@ def normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH: tl.constexpr):
 @triton.jit
 def normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, WIDTH: tl.constexpr):
     """Columns ``o_c`` of n∘norm_weight + norm_bias in x's dtype, zero outside."""
-    m_c = o_c < WIDTH
-    b_normal = normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH)
-    b_weight, b_bias = parameter(norm_weight, o_c, m_c, 1.0), parameter(norm_bias, o_c, m_c, 0.0)
-    b = tl.where(m_t[:, None] & m_c[None, :], tl.fma(b_normal, b_weight, b_bias), 0.0)
+    b = normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH)
+    if norm_weight is not None or norm_bias is not None:
+        m_c = o_c < WIDTH
+        b_weight = parameter(norm_weight, o_c, m_c, 1.0)
+        b = tl.fma(b, b_weight, parameter(norm_bias, o_c, m_c, 0.0))
+        b = tl.where(m_t[:, None] & m_c[None, :], b, 0.0)
     return b.to(p_x.dtype.element_ty)
 
 
@@ -77,12 +79,7 @@ def norm_linear(
     BLOCK_C: tl.constexpr,
 ):
     """y = n·Wᵀ + b: a block of rows and of columns."""
-    COLUMN_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    i_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_t = i_t + tl.arange(0, BLOCK_T)
-    m_t = o_t < rows
-    m_n = o_n < OUTPUTS
+    o_t, o_n, m_t, m_n = program_block(rows, OUTPUTS, BLOCK_T, BLOCK_N)
     p_x = x + o_t * WIDTH
     b_mean, b_rstd = None, None
     if LAYER_NORM:

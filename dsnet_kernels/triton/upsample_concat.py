@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import checks
 from . import can_run
 from .launch import Launch, block
+from .layout import contiguous, image_of, rows_of
 from .products import Columns, Matrices, multiply, multiply_over_rows
 from .upsample_concat_kernels import upsample_concat_adjoint, upsample_concat_forward
 
@@ -76,19 +77,6 @@ def _check(local: Tensor, global_: Tensor, weight: Tensor, **others: Tensor | No
     return Problem(batch, tuple(grid), tuple(coarse), width, global_width, channels, local.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, W, C), contiguous."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _image(rows: Tensor) -> Tensor:
-    return rows.permute(0, 3, 1, 2)
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
 def forward(
     local: Tensor,
     global_: Tensor,
@@ -106,28 +94,28 @@ def forward(
     if residual is not None:
         checks.shape("residual", residual, (p.batch, p.channels, *p.grid))
         checks.same_dtype("local", local, "residual", residual)
-        residual = _rows(residual)
+        residual = rows_of(residual)
     out = local.new_empty((p.batch, *p.grid, p.channels))
     if out.numel() == 0:
-        return _image(out)
+        return image_of(out)
     weight = weight.contiguous()
     mixed = local.new_empty((p.batch, *p.coarse, p.channels), dtype=torch.float32)
     with torch.cuda.device_of(local):
         matrix = Matrices(weight, (p.local + p.global_, 1), begin=p.local)
-        multiply(Columns(_rows(global_)), matrix, Columns(mixed), p.dtype)
+        multiply(Columns(rows_of(global_)), matrix, Columns(mixed), p.dtype)
         forward_launch(p)(
-            _rows(local),
+            rows_of(local),
             mixed,
             weight,
-            _contiguous(bias),
+            contiguous(bias),
             residual,
-            _contiguous(branch_scale),
+            contiguous(branch_scale),
             out,
             p.pixels,
             *p.grid,
             *p.coarse,
         )
-    return _image(out)
+    return image_of(out)
 
 
 def backward(
@@ -148,10 +136,11 @@ def backward(
     if grad.numel() == 0:
         streams = ((p.batch, *p.grid, p.local), (p.batch, *p.coarse, p.global_))
         sums = (weight.new_zeros(s, dtype=torch.float32) for s in (weight.shape, (p.channels,)))
-        return *(_image(local.new_zeros(shape)) for shape in streams), *sums
+        return *(image_of(local.new_zeros(shape)) for shape in streams), *sums
     if branch_scale is not None:
         grad = grad * branch_scale.to(grad.dtype).view(-1, 1, 1, 1)
-    grad, local, global_, weight = _rows(grad), _rows(local), _rows(global_), weight.contiguous()
+    grad, local, global_ = rows_of(grad), rows_of(local), rows_of(global_)
+    weight = weight.contiguous()
     grad_local, grad_global = torch.empty_like(local), torch.empty_like(global_)
     grad_weight = weight.new_empty(weight.shape, dtype=torch.float32)
     grad_bias = weight.new_empty((p.channels,), dtype=torch.float32)
@@ -167,7 +156,7 @@ def backward(
             multiply(Columns(grad_y), matrix, Columns(grad_x), p.dtype)
             out = Columns(grad_weight, begin)
             multiply_over_rows(Columns(grad_y), Columns(x), out, p.dtype, sums=sums)
-    return _image(grad_local), _image(grad_global), grad_weight, grad_bias
+    return image_of(grad_local), image_of(grad_global), grad_weight, grad_bias
 
 
 def _adjoint(p: Problem, grad: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ The index arithmetic is that of torch's ``align_corners=False`` in float32, whic
 import triton
 import triton.language as tl
 
+from .common_kernels import program_block
+
 
 @triton.jit
 def _source(o, size, coarse):
@@ -54,11 +56,7 @@ def upsample_concat_forward(
     BLOCK_C: tl.constexpr,
 ):
     """out = residual + branch_scale·(local·W_lᵀ + bilinear(mixed) + bias): a block of each."""
-    COLUMN_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
-    o_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_t = o_t < pixels
-    m_n = o_n < CHANNELS
+    o_t, o_n, m_t, m_n = program_block(pixels, CHANNELS, BLOCK_T, BLOCK_N)
     m = m_t[:, None] & m_n[None, :]
     dtype: tl.constexpr = local.dtype.element_ty
     b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
@@ -104,11 +102,7 @@ def upsample_concat_adjoint(
     BLOCK_N: tl.constexpr,
 ):
     """The adjoint of sampling along one axis, where each coarse entry gathers what sampled it."""
-    COLUMN_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
-    o_t = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_n = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_t = o_t < rows
-    m_n = o_n < CHANNELS
+    o_t, o_n, m_t, m_n = program_block(rows, CHANNELS, BLOCK_T, BLOCK_N)
     o_outer = o_t // inner // coarse
     o_coarse = o_t // inner % coarse
     p_x = x + (o_outer * size * inner + o_t % inner) * CHANNELS
