@@ -230,7 +230,7 @@ def test_explain_reports_where_nothing_can_run():
 
 def test_explain_agrees_with_every_registered_operation():
     streams = {"local": torch.zeros(1, 4, 5, 5), "global_": torch.zeros(1, 4, 2, 2)}
-    leading = {"x": torch.zeros(1, 4, 5, 5), **streams}
+    leading = {"x": torch.zeros(1, 4, 5, 5), "fc1_weight": torch.zeros(8, 4), **streams}
     assert len(backends.OPERATIONS) > 5
     for name, operation in backends.OPERATIONS.items():
         tensors = [leading[argument] for argument in operation.tensors]
