@@ -146,7 +146,7 @@ def test_a_missing_slab_is_noticed():
     fields = {"slab_tokens": 128, "slabs": 2}
     with pytest.raises(AssertionError, match="hidden: some values were never written"):
         results(inputs, grads, forward_fields=fields)
-    with pytest.raises(RuntimeError, match="nobody wrote byte .* of hidden_partials"):
+    with pytest.raises(RuntimeError, match=r"nobody wrote byte .* of hidden_partials"):
         results(inputs, grads, backward_fields=fields)
 
 
