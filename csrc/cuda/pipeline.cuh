@@ -31,9 +31,11 @@ DSNET_DEVICE void for_each_tile(int count, const Copy& copy, const Body& body) {
   }
 }
 
-// The same with stages − 1 tiles under way, and one barrier per tile.
-template <int stages, typename Copy, typename Body>
-DSNET_DEVICE void for_each_tile_ahead(int count, const Copy& copy, const Body& body) {
+// The same with stages − 1 tiles under way, and one barrier per tile; before it each thread calls
+// land(i, stage), when its own copies have landed.
+template <int stages, typename Copy, typename Land, typename Body>
+DSNET_DEVICE void for_each_tile_ahead(
+    int count, const Copy& copy, const Land& land, const Body& body) {
   static_assert(stages > 2, "the tile before the one at work is overwritten");
 #pragma unroll
   for (int i = 0; i < stages - 1; ++i) {
@@ -42,6 +44,7 @@ DSNET_DEVICE void for_each_tile_ahead(int count, const Copy& copy, const Body& b
   }
   for (int i = 0; i < count; ++i) {
     wait_copies<stages - 2>();
+    land(i, i % stages);
     __syncthreads();
     const int next = i + stages - 1;
     if (next < count) copy(next, next % stages);
@@ -50,6 +53,11 @@ DSNET_DEVICE void for_each_tile_ahead(int count, const Copy& copy, const Body& b
     body(i, i % stages);
   }
   __syncthreads();
+}
+
+template <int stages, typename Copy, typename Body>
+DSNET_DEVICE void for_each_tile_ahead(int count, const Copy& copy, const Body& body) {
+  for_each_tile_ahead<stages>(count, copy, [](int, int) {}, body);
 }
 
 }  // namespace dsnet::cuda

@@ -57,24 +57,8 @@ __global__ void __launch_bounds__(MlpLaunch::threads, (FusedTile<T, width>::bloc
   T* normalized = dynamic_shared<T>();
   T* stages = normalized + Tile::token_values;
 
-  // z of the block's tokens; zero behind the last token and channel.
-  for (int i = static_cast<int>(threadIdx.x); i < Tile::tokens * (width / 8);
-      i += MlpLaunch::threads) {
-    const int row = i / (width / 8), column = i % (width / 8) * 8;
-    const int count = first + row < tokens ? part_of_eight(column, channels) : 0;
-    float values[8], scales[8], shifts[8];
-    load_eight(x + (count > 0 ? (first + row) * channels + column : 0), count, l.packed, values);
-    if (count > 0) {
-      load_parameter_eight<T>(args.scale, column, count, l.packed, 1, scales);
-      load_parameter_eight<T>(args.shift, column, count, l.packed, 0, shifts);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        if (k < count) values[k] = fmaf(scales[k], values[k], shifts[k]);
-      }
-    }
-    store_shared(normalized + row * stride + column, narrow<T>(values));
-  }
-
+  load_affine<T, Tile::tokens, width>(normalized, dense<T>(x, tokens, channels), first, args.scale,
+      args.shift, Factors{}, l.packed);
   const auto fc1 = dense<T>(args.fc1_weight, hidden, channels);
   const RowCopies<T, width, Tile::chunk> copy_fc2(
       dense<T>(args.fc2_weight, channels, hidden), 0, l.packed);
@@ -89,30 +73,19 @@ __global__ void __launch_bounds__(MlpLaunch::threads, (FusedTile<T, width>::bloc
   for_each_tile_ahead<Tile::stages>(chunks, copy, [&](int i, int stage) {
     const T* weights = stages + stage * Tile::stage_values;
     float before[groups][tiles][4];
+    start_from_bias<T>(args.fc1_bias, int64_t{i} * Tile::chunk, hidden, before);
+    multiply_groups_transposed<T, width>(
+        SharedRows<T, width, groups>(normalized + warp_row * stride), weights, before);
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) {
+    for (int g = 0; g < groups; ++g) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int64_t channel = int64_t{i} * Tile::chunk + 8 * t + lane % 4 * 2 + k;
-        const float bias = channel < hidden ? parameter_at<T>(args.fc1_bias, channel, 0) : 0.0f;
+      for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-        for (int g = 0; g < groups; ++g) before[g][t][k] = before[g][t][2 + k] = bias;
+        for (float& value : before[g][t]) value = gelu<T>(value);
       }
     }
-    multiply_groups<T, width>(
-        SharedRows<T, width, groups>(normalized + warp_row * stride), weights, before);
-    multiply_groups<T, Tile::chunk>(
-        [&](int k, uint32_t (&a)[groups][4]) {
-#pragma unroll
-          for (int g = 0; g < groups; ++g) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const float (&pair)[4] = before[g][2 * k + r / 2];
-              a[g][r] = narrow_pair(gelu<T>(pair[r % 2 * 2]), gelu<T>(pair[r % 2 * 2 + 1]), T{});
-            }
-          }
-        },
-        weights + Tile::fc1_values, result);
+    multiply_groups_transposed<T, Tile::chunk>(
+        ResultRows<T, groups, tiles>(before), weights + Tile::fc1_values, result);
   });
 
   const Factors factors{args.branch_scale, args.shape.pixels};

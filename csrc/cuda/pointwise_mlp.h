@@ -63,8 +63,12 @@ struct MlpBackward {
   void* grad_hidden;               // of a slab, before GELU
   const void* grad_normalized;     // of a slab
   void* grad_x;                    // (B, H, W, C)
-  float* hidden_partials;          // (hidden_slots, R), each value written once
+  float* fc1_partials;             // (hidden_slots, R, C) where fused, each value written once
+  float* fc2_partials;             // (hidden_slots, C, R) where fused, likewise
+  float* hidden_partials;          // (hidden_slots, R), likewise
   float* channel_partials;         // (3, channel_slots, C), likewise
+  float* grad_fc1;                 // (R, C) where fused
+  float* grad_fc2;                 // (C, R) where fused
   float* grad_fc1_bias;            // (R)
   float* grad_fc2_bias;            // (C)
   float *grad_scale, *grad_shift;  // (C)
@@ -75,20 +79,24 @@ struct MlpLaunch {
   static constexpr int threads = 128;
   static constexpr int fused_tokens = 128;    // of a block of the fused forward
   static constexpr int fused_channels = 128;  // that it takes at most
+  static constexpr int slot_tile = 32;        // a slot of the fused backward has whole ones
   static constexpr int small_rows = 64;       // of products, and as many columns
   static constexpr int large_rows = 128;      // likewise
   static constexpr int channel_rows = 128;    // of a slot of sums over tokens
   static constexpr int channel_columns = 64;
   bool packed;          // 16 bytes per access to the arguments
-  bool fused;           // forward: one kernel
+  bool fused;           // hidden activations stay in registers: no slabs
   bool large_hidden;    // blocks of large_rows in products with R columns
   bool large_out;       // in those with C columns
   int64_t slab_tokens;  // at a time; a multiple of all numbers of rows
   int64_t slabs;
-  int64_t hidden_slots;   // partial sums of fc1_bias's gradient: rows of blocks
-  int64_t channel_slots;  // of the other vectors'
+  int64_t
+      hidden_slots;  // partial sums of fc1_bias's gradient: rows of blocks; fused, also weights'
+  int64_t tokens_of_slot;  // of those
+  int64_t channel_slots;   // of the other vectors'
 
-  int64_t hidden_rows() const { return large_hidden ? large_rows : small_rows; }
+  // Hidden channels of a block of the fused backward.
+  static constexpr int fused_hidden(int64_t channels) { return channels > 64 ? 64 : 128; }
   MlpSlab slab(const MlpShape& shape, int64_t i) const {
     const int64_t first = i * slab_tokens;
     return {first, std::min(slab_tokens, shape.tokens - first)};
@@ -99,7 +107,8 @@ inline std::string text(const MlpLaunch& l) {
   const auto side = [](bool large) { return large ? "128" : "64"; };
   std::ostringstream out;
   if (l.fused) {
-    out << "fused, blocks of " << MlpLaunch::fused_tokens << " tokens";
+    out << "fused, blocks of " << MlpLaunch::fused_tokens << " tokens, slots " << l.hidden_slots
+        << " of " << l.tokens_of_slot << " and " << l.channel_slots;
   } else {
     out << "slabs " << l.slabs << " of " << l.slab_tokens << " tokens, blocks of "
         << side(l.large_hidden) << " across hidden and " << side(l.large_out)
@@ -111,7 +120,9 @@ inline std::string text(const MlpLaunch& l) {
 
 namespace detail {
 
-inline MlpLaunch mlp_launch_for(const MlpShape& shape, Storage storage, bool recomputes,
+// `kept`: the hidden activations have to be in memory; two products are in one kernel where they
+// are recomputed.
+inline MlpLaunch mlp_launch_for(const MlpShape& shape, Storage storage, bool kept, bool recomputed,
     std::initializer_list<const void*> data) {
   constexpr int64_t max_extent = 0x7fffffff, max_tokens = int64_t{1} << 37;
   for (int64_t extent : {shape.channels, shape.hidden}) {
@@ -145,29 +156,37 @@ inline MlpLaunch mlp_launch_for(const MlpShape& shape, Storage storage, bool rec
         divide_up(l.slab_tokens, MlpLaunch::large_rows) * divide_up(columns, MlpLaunch::large_rows);
     return storage != Storage::float32 && blocks >= enough_blocks;
   };
-  l.large_hidden = is_large(shape.hidden) && !recomputes;
+  l.large_hidden = is_large(shape.hidden) && !recomputed;
   l.large_out = is_large(shape.channels);
-  l.fused = false;
-  l.hidden_slots = divide_up(shape.tokens, l.hidden_rows());
+
+  // Float32's products take longer than the way of the hidden activations through memory.
+  l.fused = !kept && storage != Storage::float32 && shape.channels <= MlpLaunch::fused_channels;
+  if (l.fused) {
+    // Two blocks for each of 132 multiprocessors (limit: each leaves partial sums of its weights).
+    constexpr int64_t enough = 264, tile = MlpLaunch::slot_tile;
+    const int64_t hidden_blocks = divide_up(shape.hidden, MlpLaunch::fused_hidden(shape.channels));
+    const int64_t most_slots = std::max<int64_t>(1, divide_up(shape.tokens, 4 * tile));
+    const int64_t slots = std::min(divide_up(enough, hidden_blocks), most_slots);
+    l.tokens_of_slot = divide_up(divide_up(shape.tokens, slots), tile) * tile;
+  } else {
+    l.tokens_of_slot = l.large_hidden ? MlpLaunch::large_rows : MlpLaunch::small_rows;
+  }
+  l.hidden_slots = divide_up(shape.tokens, l.tokens_of_slot);
   l.channel_slots = divide_up(shape.tokens, MlpLaunch::channel_rows);
   return l;
 }
 
 }  // namespace detail
 
-// Hidden activations that are kept have to be in memory, and float32's products take longer than
-// their way through it.
 inline MlpLaunch mlp_launch(const MlpForward& args, Storage storage) {
-  MlpLaunch l = detail::mlp_launch_for(args.shape, storage, false,
+  return detail::mlp_launch_for(args.shape, storage, args.hidden != nullptr, false,
       {args.x, args.fc1_weight, args.fc1_bias.data, args.fc2_weight, args.fc2_bias.data,
           args.scale.data, args.shift.data, args.hidden, args.out});
-  l.fused = args.hidden == nullptr && storage != Storage::float32 &&
-            args.shape.channels <= MlpLaunch::fused_channels;
-  return l;
 }
 
 inline MlpLaunch mlp_launch(const MlpBackward& args, Storage storage) {
-  return detail::mlp_launch_for(args.shape, storage, args.hidden == nullptr,
+  const bool kept = args.hidden != nullptr;
+  return detail::mlp_launch_for(args.shape, storage, kept, !kept,
       {args.grad, args.x, args.hidden, args.fc1_weight, args.fc1_bias.data, args.fc2_transposed,
           args.scale.data, args.shift.data, args.grad_x});
 }
@@ -176,9 +195,13 @@ inline MlpLaunch mlp_launch(const MlpBackward& args, Storage storage) {
 // token.
 void mlp_forward(const MlpForward& args, Storage storage, const MlpLaunch& l, CUstream_st* stream);
 
-// For each slab in turn: mlp_backward_hidden, the product grad_normalized = grad_hidden·fc1_weight,
-// mlp_backward_tokens; the weights' gradients are grad_hiddenᵀ·normalized and
-// grad_branchᵀ·activated, with x and grad in the place of those that are null. Then
+// Where fused, all gradients.
+void mlp_backward_fused(
+    const MlpBackward& args, Storage storage, const MlpLaunch& l, CUstream_st* stream);
+
+// Elsewhere, for each slab in turn: mlp_backward_hidden, the product grad_normalized =
+// grad_hidden·fc1_weight, mlp_backward_tokens; the weights' gradients are grad_hiddenᵀ·normalized
+// and grad_branchᵀ·activated, with x and grad in the place of those that are null. Then
 // mlp_backward_sums.
 void mlp_backward_hidden(const MlpBackward& args, Storage storage, const MlpLaunch& l,
     const MlpSlab& slab, CUstream_st* stream);

@@ -13,6 +13,18 @@
 
 namespace dsnet::cuda {
 
+// Eight columns' sums over the lanes that have the same ones, those with the same lane%4, to shared
+// memory.
+DSNET_DEVICE void store_column_sums(const float (&values)[8], float* shared) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float sum = values[i];
+#pragma unroll
+    for (unsigned with = 16; with >= 4; with /= 2) sum += shuffle_xor(sum, with);
+    if (lane_id() / 4 == i) store_shared(shared + i, sum);
+  }
+}
+
 // What pointwise_mlp_backward_hidden reads and writes of a slab.
 template <typename T>
 struct HiddenGradient {
@@ -74,19 +86,11 @@ __global__ void __launch_bounds__(MlpLaunch::threads, Product::blocks)
 
   // Over the lanes with the same columns, then over the two warps.
   float* exchange = dynamic_shared<float>();
+  const int warp_half = static_cast<int>(threadIdx.x / 64);
 #pragma unroll
   for (int part = 0; part < parts; ++part) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum = sums[part][i];
-#pragma unroll
-      for (unsigned with = 16; with >= 4; with /= 2) sum += shuffle_xor(sum, with);
-      if (lane_id() / 4 == i) {
-        const int column = Product::warp_column() + Product::column_of(part) + i;
-        const int half = static_cast<int>(threadIdx.x / 64);
-        store_shared(exchange + half * Product::columns + column, sum);
-      }
-    }
+    const int column = Product::warp_column() + Product::column_of(part);
+    store_column_sums(sums[part], exchange + warp_half * Product::columns + column);
   }
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
@@ -197,7 +201,7 @@ void launch_hidden(
       args.hidden == nullptr ? nullptr : rows_of<T>(args.hidden, slab, hidden).data, normalized,
       dense<T>(args.fc1_weight, hidden, channels), args.fc1_bias, static_cast<T*>(args.activated),
       static_cast<T*>(args.grad_hidden),
-      args.hidden_partials + slab.first / l.hidden_rows() * hidden};
+      args.hidden_partials + slab.first / l.tokens_of_slot * hidden};
   with_product<T>(l.large_hidden, [&](auto product) {
     using Product = decltype(product);
     const auto grid = product_grid<Product>(slab.tokens, hidden);

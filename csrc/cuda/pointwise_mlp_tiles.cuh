@@ -19,7 +19,7 @@ class RowCopies {
     const int64_t row = first_row + static_cast<int>(threadIdx.x) / units;
     from_ = matrix.data + row * matrix.stride;
     const int64_t left = matrix.rows - row;
-    rows_left_ = left < rows ? static_cast<int>(left) : rows;
+    rows_left_ = left < 0 ? 0 : left < rows ? static_cast<int>(left) : rows;
   }
 
   // Lands at a wait_copies.
@@ -45,6 +45,23 @@ class RowCopies {
     }
   }
 
+  // Once this thread's copies have landed: replaces what it copied itself by change(row, values).
+  template <typename Change>
+  DSNET_DEVICE static void change(T* shared, const Change& change_values) {
+    const int thread = static_cast<int>(threadIdx.x);
+    T* at = shared + thread / units * row_stride<T, depth> + thread % units * width;
+#pragma unroll
+    for (int row = 0; row < rows; row += step) {
+      float values[width];
+      widen<T>(load_shared<Stored<T, width>>(at), values);
+      change_values(thread / units + row, values);
+      store_shared(at, narrow<T>(values));
+      at += step * row_stride<T, depth>;
+    }
+  }
+  // The first column of what a thread copies, from that of all on.
+  DSNET_DEVICE static int own_column() { return static_cast<int>(threadIdx.x) % units * width; }
+
  private:
   static constexpr int width = 16 / sizeof(T), units = depth / width;
   static constexpr int step = MlpLaunch::threads / units;  // rows between those of a thread
@@ -56,11 +73,23 @@ class RowCopies {
   bool packed_;
 };
 
+// Tiles t and the next of a product's result, from fragments of both operands.
+template <typename T, int groups, int tiles>
+DSNET_DEVICE void multiply_pair(const uint32_t (&a)[groups][4], const uint32_t (&both)[4], int t,
+    float (&result)[groups][tiles][4]) {
+  const uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
+#pragma unroll
+  for (int g = 0; g < groups; ++g) {
+    mma_16x8x16<T>(result[g][t], a[g], first);
+    mma_16x8x16<T>(result[g][t + 1], a[g], second);
+  }
+}
+
 // result += left · rightᵀ on tensor cores, left being 16·groups rows of `depth` values whose
-// fragments are left(k, a), `right` (8·tiles, depth) in shared memory. Each fragment of `right`
-// is loaded once for all groups.
+// fragments are left(k, a), `right` (8·tiles, depth) in shared memory. Each fragment of `right` is
+// loaded once for all groups.
 template <typename T, int depth, int groups, int tiles, typename Left>
-DSNET_DEVICE void multiply_groups(
+DSNET_DEVICE void multiply_groups_transposed(
     const Left& left, const T* right, float (&result)[groups][tiles][4]) {
   static_assert(tiles % 2 == 0, "one instruction loads two tiles");
   constexpr int stride = row_stride<T, depth>;
@@ -75,17 +104,33 @@ DSNET_DEVICE void multiply_groups(
     for (int t = 0; t < tiles; t += 2) {
       uint32_t both[4];
       load_matrices(both, from + 8 * t * stride + 16 * k);
-      const uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
-#pragma unroll
-      for (int g = 0; g < groups; ++g) {
-        mma_16x8x16<T>(result[g][t], a[g], first);
-        mma_16x8x16<T>(result[g][t + 1], a[g], second);
-      }
+      multiply_pair<T>(a, both, t, result);
     }
   }
 }
 
-// Fragments of 16·groups rows in shared memory, for multiply_groups.
+// The same for left · right with `right` (depth, 8·tiles).
+template <typename T, int depth, int groups, int tiles, typename Left>
+DSNET_DEVICE void multiply_groups(
+    const Left& left, const T* right, float (&result)[groups][tiles][4]) {
+  static_assert(tiles % 2 == 0, "one instruction loads two tiles");
+  constexpr int stride = row_stride<T, 8 * tiles>;
+  const int lane = lane_id();
+  const T* from = right + (lane / 8 % 2 * 8 + lane % 8) * stride + lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < depth / 16; ++k) {
+    uint32_t a[groups][4];
+    left(k, a);
+#pragma unroll
+    for (int t = 0; t < tiles; t += 2) {
+      uint32_t both[4];
+      load_matrices<true>(both, from + 16 * k * stride + 8 * t);
+      multiply_pair<T>(a, both, t, result);
+    }
+  }
+}
+
+// Fragments of 16·groups rows in shared memory, for multiply_groups and its like.
 template <typename T, int depth, int groups>
 class SharedRows {
  public:
@@ -102,6 +147,67 @@ class SharedRows {
  private:
   const T* source_;
 };
+
+// Those of a result itself, rounded to T: its layout is the left operand's.
+template <typename T, int groups, int tiles>
+class ResultRows {
+ public:
+  DSNET_DEVICE explicit ResultRows(const float (&values)[groups][tiles][4]) : values_(values) {}
+
+  DSNET_DEVICE void operator()(int k, uint32_t (&a)[groups][4]) const {
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float (&tile)[4] = values_[g][2 * k + r / 2];
+        a[g][r] = narrow_pair(tile[r % 2 * 2], tile[r % 2 * 2 + 1], T{});
+      }
+    }
+  }
+
+ private:
+  const float (&values_)[groups][tiles][4];
+};
+
+// Columns of a result, those of a parameter from `first` of `count` on, start from its values.
+template <typename T, int groups, int tiles>
+DSNET_DEVICE void start_from_bias(
+    const Parameter& bias, int64_t first, int64_t count, float (&result)[groups][tiles][4]) {
+#pragma unroll
+  for (int t = 0; t < tiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t column = first + 8 * t + lane_id() % 4 * 2 + i;
+      const float value = column < count ? parameter_at<T>(bias, column, 0) : 0.0f;
+#pragma unroll
+      for (int g = 0; g < groups; ++g) result[g][t][i] = result[g][t][2 + i] = value;
+    }
+  }
+}
+
+// T(factor·(scale·x + shift)) of `rows` rows in shared memory; zero outside the matrix.
+template <typename T, int rows, int width>
+DSNET_DEVICE void load_affine(T* shared, const Matrix<T>& x, int64_t first_row,
+    const Parameter& scale, const Parameter& shift, const Factors& factors, bool packed) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows * (width / 8); i += MlpLaunch::threads) {
+    const int column = i % (width / 8) * 8;
+    const int64_t row = first_row + i / (width / 8);
+    const int count = row < x.rows ? part_of_eight(column, x.columns) : 0;
+    float values[8] = {};
+    if (count > 0) {
+      float scales[8], shifts[8];
+      const float factor = factors.at<T>(row);
+      load_eight(x.data + row * x.stride + column, count, packed, values);
+      load_parameter_eight<T>(scale, column, count, packed, 1, scales);
+      load_parameter_eight<T>(shift, column, count, packed, 0, shifts);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k < count) values[k] = factor * fmaf(scales[k], values[k], shifts[k]);
+      }
+    }
+    store_shared(shared + i / (width / 8) * row_stride<T, width> + column, narrow<T>(values));
+  }
+}
 
 // A block's left · rightᵀ; its four warps have 16·groups rows and 8·tiles columns each, two by two.
 template <typename T, int groups, int tiles>
@@ -136,7 +242,8 @@ class MlpProduct {
       const T* own_left = shared + stage * stage_values + warp_row() * stride;
       const T* own_right = shared + stage * stage_values + (rows + warp_column()) * stride;
       if constexpr (sizeof(T) == 2) {
-        multiply_groups<T, depth>(SharedRows<T, depth, groups>(own_left), own_right, result);
+        multiply_groups_transposed<T, depth>(
+            SharedRows<T, depth, groups>(own_left), own_right, result);
       } else {
 #pragma unroll
         for (int g = 0; g < groups; ++g) {

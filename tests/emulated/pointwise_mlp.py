@@ -124,6 +124,17 @@ def backward(
     args.channel_partials = call.output(
         "channel_partials", 3 * launch.channel_slots * channels, single
     )
+    if launch.fused:
+        weights = channels * width
+        args.fc1_partials = call.output("fc1_partials", launch.hidden_slots * weights, single)
+        args.fc2_partials = call.output("fc2_partials", launch.hidden_slots * weights, single)
+        args.grad_fc1 = call.output("grad_fc1", weights, single)
+        args.grad_fc2 = call.output("grad_fc2", weights, single)
+        call.run(emulator.backward_fused, args, launch)
+        grad_fc1 = call.result("grad_fc1", single, (width, channels))
+        grad_fc2 = call.result("grad_fc2", single, (channels, width))
+        fc1_bias, *others = (call.result(name, single, (size,)) for name, size in vectors.items())
+        return call.result_channels_last("grad_x", x), grad_fc1, fc1_bias, grad_fc2, *others
     shape = _shape(emulator, x, fc1_weight)
     weight = fc1_weight.to(x.dtype)
     emulator.set_seed(seed)

@@ -1,5 +1,5 @@
 // Python module: the CUDA launchers of the MLP in the emulator.
-#include "cuda/pointwise_mlp_backward.cuh"
+#include "cuda/pointwise_mlp_backward_fused.cuh"
 
 #include "arguments.h"
 
@@ -58,6 +58,10 @@ PYBIND11_MODULE(emulator_pointwise_mlp, m) {
   emulator::bind_address<&MlpBackward::activated>(backward, "activated");
   emulator::bind_address<&MlpBackward::grad_hidden>(backward, "grad_hidden");
   emulator::bind_address<&MlpBackward::grad_normalized>(backward, "grad_normalized");
+  emulator::bind_address<&MlpBackward::fc1_partials>(backward, "fc1_partials");
+  emulator::bind_address<&MlpBackward::fc2_partials>(backward, "fc2_partials");
+  emulator::bind_address<&MlpBackward::grad_fc1>(backward, "grad_fc1");
+  emulator::bind_address<&MlpBackward::grad_fc2>(backward, "grad_fc2");
   emulator::bind_address<&MlpBackward::hidden_partials>(backward, "hidden_partials");
   emulator::bind_address<&MlpBackward::channel_partials>(backward, "channel_partials");
 
@@ -73,13 +77,15 @@ PYBIND11_MODULE(emulator_pointwise_mlp, m) {
       .def_readwrite("slabs", &MlpLaunch::slabs)
       .def_readwrite("hidden_slots", &MlpLaunch::hidden_slots)
       .def_readonly("channel_slots", &MlpLaunch::channel_slots)
-      .def_property_readonly("hidden_rows", &MlpLaunch::hidden_rows)
+      .def_readwrite("tokens_of_slot", &MlpLaunch::tokens_of_slot)
+      .def_static("fused_hidden", &MlpLaunch::fused_hidden)
       .def("slab", &MlpLaunch::slab)
       .def("__str__", [](const MlpLaunch& l) { return text(l); });
 
   m.def("launch", py::overload_cast<const MlpForward&, Storage>(&mlp_launch));
   m.def("launch", py::overload_cast<const MlpBackward&, Storage>(&mlp_launch));
   emulator::bind_launcher(m, "forward", mlp_forward);
+  emulator::bind_launcher(m, "backward_fused", mlp_backward_fused);
   m.def("backward_hidden",
       [](const MlpBackward& args, Storage storage, const MlpLaunch& launch, MlpSlab slab) {
         mlp_backward_hidden(args, storage, launch, slab, nullptr);

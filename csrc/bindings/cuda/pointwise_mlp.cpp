@@ -143,16 +143,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_mlp
   args.grad_scale = float_data(grad_scale);
   args.grad_shift = float_data(grad_shift);
   const cuda::MlpLaunch launch = cuda::mlp_launch(args, storage);
+  const Tensor hidden_partials = floats({launch.hidden_slots, width});
+  const Tensor channel_partials = floats({3, launch.channel_slots, channels});
+  args.hidden_partials = float_data(hidden_partials);
+  args.channel_partials = float_data(channel_partials);
+  if (launch.fused) {
+    const Tensor partials = floats({2, launch.hidden_slots, width * channels});
+    args.fc1_partials = float_data(partials);
+    args.fc2_partials = args.fc1_partials + launch.hidden_slots * width * channels;
+    args.grad_fc1 = float_data(grad_fc1);
+    args.grad_fc2 = float_data(grad_fc2);
+    cuda::mlp_backward_fused(args, storage, launch, on.stream());
+    return {grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias, grad_scale, grad_shift};
+  }
+
   const int64_t rows = launch.slab_tokens, slabs = launch.slabs;
   const Tensor activated = values(rows, width), grad_hidden = values(rows, width);
   const Tensor grad_normalized = values(rows, channels);
-  const Tensor hidden_partials = floats({launch.hidden_slots, width});
-  const Tensor channel_partials = floats({3, launch.channel_slots, channels});
   args.activated = activated.mutable_data_ptr();
   args.grad_hidden = grad_hidden.mutable_data_ptr();
   args.grad_normalized = grad_normalized.const_data_ptr();
-  args.hidden_partials = float_data(hidden_partials);
-  args.channel_partials = float_data(channel_partials);
   // What the weights' gradients read of z and G, where it is not x and grad.
   OptionalTensor normalized, grad_branch;
   if (inputs.has_affine()) {
