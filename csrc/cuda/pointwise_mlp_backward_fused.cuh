@@ -130,11 +130,12 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
   }
 }
 
-// Shared memory of pointwise_mlp_backward_fused_weights; `width` ≥ C. Limit of the groups:
+// Shared memory of pointwise_mlp_backward_fused_weights; `width` ≥ C. Limit of groups and step:
 // registers.
 template <typename T, int width>
 struct WeightsTile {
   static constexpr int groups = width > 64 ? 1 : 2;  // of 16 hidden channels, of a warp
+  static constexpr int step = width > 64 ? 32 : 16;  // tokens that a warp works on at a time
   static constexpr int hidden = 64 * groups, tokens = MlpLaunch::slot_tile, stages = 3;
   static_assert(hidden == MlpLaunch::fused_hidden(width), "as the launch counts blocks");
   static constexpr int weight_values = hidden * row_stride<T, width>;
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
   using OwnCopies = RowCopies<T, Tile::hidden, width>;
   using TokenCopies = RowCopies<T, Tile::tokens, width>;
   using Rows = SharedRows<T, width, Tile::groups>;
-  constexpr int groups = Tile::groups, tiles = Tile::tokens / 8, stride = row_stride<T, width>;
+  constexpr int groups = Tile::groups, tiles = Tile::step / 8, stride = row_stride<T, width>;
   const int64_t channels = args.shape.channels, hidden = args.shape.hidden;
   const auto hidden_blocks = static_cast<unsigned>((hidden + Tile::hidden - 1) / Tile::hidden);
   const int64_t first_hidden = int64_t{blockIdx.x % hidden_blocks} * Tile::hidden;
@@ -208,33 +209,36 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
     }
   }
   float fc1[groups][width / 8][4] = {}, fc2[groups][width / 8][4] = {};
-  const auto count =
-      end > begin ? static_cast<int>((end - begin + Tile::tokens - 1) / Tile::tokens) : 1;
+  const auto count = static_cast<int>((end - begin + Tile::tokens - 1) / Tile::tokens);
   for_each_tile_ahead<Tile::stages>(count, copy, land, [&](int, int stage) {
-    const T* normalized = stages + stage * 2 * Tile::token_values;
-    const T* grad_branch = normalized + Tile::token_values;
-    float before[groups][tiles][4], gradient[groups][tiles][4] = {};
+#pragma unroll 1
+    for (int token = 0; token < Tile::tokens; token += Tile::step) {
+      const T* normalized = stages + stage * 2 * Tile::token_values + token * stride;
+      const T* grad_branch = normalized + Tile::token_values;
+      float before[groups][tiles][4], gradient[groups][tiles][4] = {};
 #pragma unroll
-    for (int g = 0; g < groups; ++g) {
+      for (int g = 0; g < groups; ++g) {
 #pragma unroll
-      for (int t = 0; t < tiles; ++t) {
+        for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) before[g][t][i] = bias[g][i / 2];
+          for (int i = 0; i < 4; ++i) before[g][t][i] = bias[g][i / 2];
+        }
       }
-    }
-    multiply_groups_transposed<T, width>(Rows(own_fc1 + warp_row * stride), normalized, before);
-    multiply_groups_transposed<T, width>(Rows(own_fc2 + warp_row * stride), grad_branch, gradient);
-    apply_gelu<T>(before, gradient);
+      multiply_groups_transposed<T, width>(Rows(own_fc1 + warp_row * stride), normalized, before);
+      multiply_groups_transposed<T, width>(
+          Rows(own_fc2 + warp_row * stride), grad_branch, gradient);
+      apply_gelu<T>(before, gradient);
 #pragma unroll
-    for (int g = 0; g < groups; ++g) {
+      for (int g = 0; g < groups; ++g) {
 #pragma unroll
-      for (int t = 0; t < tiles; ++t) {
+        for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bias_sums[g][i / 2] += gradient[g][t][i];
+          for (int i = 0; i < 4; ++i) bias_sums[g][i / 2] += gradient[g][t][i];
+        }
       }
+      multiply_groups<T, Tile::step>(ResultRows<T, groups, tiles>(gradient), normalized, fc1);
+      multiply_groups<T, Tile::step>(ResultRows<T, groups, tiles>(before), grad_branch, fc2);
     }
-    multiply_groups<T, Tile::tokens>(ResultRows<T, groups, tiles>(gradient), normalized, fc1);
-    multiply_groups<T, Tile::tokens>(ResultRows<T, groups, tiles>(before), grad_branch, fc2);
   });
 
 #pragma unroll
