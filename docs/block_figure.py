@@ -1,7 +1,7 @@
 """Draws the DS-Block as docs/block.svg: ``python docs/block_figure.py``.
 
 Shapes are those of the first stage of DS-Net-T for an image of 224 × 224. A step is drawn as what
-runs it: an operation with a native kernel, an operation on its reference path, or plain PyTorch.
+runs it: an operation with a native kernel, or plain PyTorch.
 """
 
 import re
@@ -12,8 +12,13 @@ TARGET = Path(__file__).with_name("block.svg")
 
 GRID, CHANNELS, REDUCTION = 56, 64, 8
 MLP_RATIO = 4
-NATIVE = {"depthwise_conv3x3", "global_attention", "co_attention", "upsample_concat"}
-REFERENCE = {"pointwise_mlp"}
+NATIVE = {
+    "depthwise_conv3x3",
+    "global_attention",
+    "co_attention",
+    "upsample_concat",
+    "pointwise_mlp",
+}
 
 HALF = CHANNELS // 2
 COARSE = GRID // REDUCTION
@@ -29,8 +34,7 @@ DESCRIPTION = (
     " 3: a depthwise convolution. The global stream, right, passes 4: bilinear downsampling and"
     " 5: self-attention. 6: co-attention lets each stream read the other. 7: upsampling,"
     " concatenation and a 1×1 convolution join them, adding the result of step 1. 8: an MLP."
-    " Steps 1, 3, 5, 6 and 7 are fused operations with native kernels; 8 is one operation on its"
-    " unfused reference path; 2 and 4 are plain PyTorch."
+    " Steps 2 and 4 are plain PyTorch, the others fused operations with native kernels."
 )
 
 WIDTH = 920
@@ -52,14 +56,13 @@ text {{ font-family: {SANS}; font-size: 14px; fill: #1f2328; }}
 .badge {{ font-size: 12px; font-weight: bold; fill: #ffffff; }}
 .flow {{ fill: none; stroke: #424a53; stroke-width: 1.6; marker-end: url(#tip); }}
 .native {{ fill: #d5f2df; stroke: #1a7f37; stroke-width: 2.2; }}
-.reference {{ fill: #e6effc; stroke: #2f62b5; stroke-width: 2; stroke-dasharray: 7 4; }}
 .plain {{ fill: #f6f8fa; stroke: #8c959f; stroke-width: 1.2; }}
 """
 
 
 def kind(name: str) -> str:
     """The style of the step that calls ``name``."""
-    return "native" if name in NATIVE else "reference" if name in REFERENCE else "plain"
+    return "native" if name in NATIVE else "plain"
 
 
 def spans(text: str) -> str:
@@ -170,14 +173,15 @@ def legend(y: float) -> str:
             "one fused operation, native kernel",
             "DW3: depthwise 3×3 convolution",
         ),
-        ("reference", "one operation, reference path (unfused)", "BN: BatchNorm · LN: LayerNorm"),
-        ("plain", "plain PyTorch", "MHSA: multi-head self-attention"),
+        ("plain", "plain PyTorch", "BN: BatchNorm · LN: LayerNorm"),
+        (None, "", "MHSA: multi-head self-attention"),
     ]
     parts = []
     for i, (style, meaning, abbreviation) in enumerate(rows):
         baseline = y + 28 * i
+        if style:
+            parts.append(box(LEFT, baseline - 14, 34, 18, style, radius=4))
         parts += [
-            box(LEFT, baseline - 14, 34, 18, style, radius=4),
             text(LEFT + 46, baseline, meaning),
             text(RIGHT - STREAM, baseline, abbreviation, "soft"),
         ]

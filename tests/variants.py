@@ -23,7 +23,14 @@ DTYPES = {
 }
 """In what a backend computes."""
 
-ADDED_BY = {"avx512_bf16": ("global_attention", "co_attention", "upsample_concat")}
+ADDED_BY = {
+    "avx512_bf16": (
+        "global_attention",
+        "co_attention",
+        "pointwise_mlp",
+        "upsample_concat",
+    )
+}
 """Operations with kernels of their own for an instruction set; the others run the one below's."""
 
 

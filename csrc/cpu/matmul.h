@@ -37,6 +37,7 @@ using Start = Matrix<const Acc>;
 // What a tile adds up: products of values, or of pairs of bfloat16 in the words of floats, each
 // word of A with the same word of B.
 struct Values {
+  static constexpr int rows = tile_rows;
   template <typename V>
   static V add_product(V a, V b, V sum) {
     return fma(a, b, sum);
@@ -45,10 +46,16 @@ struct Values {
 
 #if defined(__AVX512BF16__)
 struct Pairs {
+  static constexpr int rows = tile_rows;
   static VecF32 add_product(VecF32 a, VecF32 b, VecF32 sum) {
     return {
         _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
   }
+};
+
+// Tiles of whole pairs of rows, where sums become the right side of another product.
+struct PairsByPairs : Pairs {
+  static constexpr int rows = 8;
 };
 #endif
 
@@ -58,12 +65,14 @@ template <typename T>
 struct Products {
   static constexpr bool pairs = false;
   using type = Values;
+  using by_pairs = Values;
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Products<bfloat16> {
   static constexpr bool pairs = true;
   using type = Pairs;
+  using by_pairs = PairsByPairs;
 };
 #endif
 
@@ -119,12 +128,13 @@ template <bool transposed, typename Product, typename V, int N, typename Begin, 
     typename Acc = typename V::Acc>
 __attribute__((noinline)) void multiply_columns(int64_t rows, Matrix<const Acc> a,
     Matrix<const Acc> b, int64_t depth, int64_t column, const Begin& begin, const Finish& finish) {
+  constexpr int tile = Product::rows;
   int64_t row = 0;
-  for (; rows - row >= tile_rows; row += tile_rows) {
-    multiply_tile<transposed, Product, V, tile_rows, N>(a, b, depth, row, column, begin, finish);
-    a.data += transposed ? tile_rows : tile_rows * a.stride;
+  for (; rows - row >= tile; row += tile) {
+    multiply_tile<transposed, Product, V, tile, N>(a, b, depth, row, column, begin, finish);
+    a.data += transposed ? tile : tile * a.stride;
   }
-  multiply_rest<transposed, Product, V, tile_rows - 1, N>(
+  multiply_rest<transposed, Product, V, tile - 1, N>(
       rows - row, a, b, depth, row, column, begin, finish);
 }
 
@@ -279,16 +289,20 @@ inline void pair_columns(float* row, int64_t n) {
   }
 }
 
+// Words of a rounded value of each.
+inline VecF32 pair_of(VecF32 low, VecF32 high) {
+  const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  // Word i takes halves i and 16 + i.
+  const __m512i lows = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i highs = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  return {_mm512_castsi512_ps(_mm512_or_si512(lows, _mm512_slli_epi32(highs, 16)))};
+}
+
 // n columns of two rows, rounded and paired in the first; the second may be missing.
 inline void pair_rows(float* first, const float* second, int64_t n) {
   for (int64_t j = 0; j < n; j += 16) {
-    const __m512 low = _mm512_loadu_ps(first + j);
-    const __m512 high = second == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(second + j);
-    const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    // Word i takes halves i and 16 + i.
-    const __m512i lows = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-    const __m512i highs = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-    _mm512_storeu_si512(first + j, _mm512_or_si512(lows, _mm512_slli_epi32(highs, 16)));
+    const VecF32 high = second == nullptr ? VecF32::zero() : VecF32::load(second + j);
+    pair_of(VecF32::load(first + j), high).store(first + j);
   }
 }
 

@@ -51,6 +51,8 @@ inline float exponential(float x) { return __builtin_expf(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 inline float logarithm(float x) { return __builtin_logf(x); }
 inline double logarithm(double x) { return __builtin_log(x); }
+inline float error_function(float x) { return __builtin_erff(x); }
+inline double error_function(double x) { return __builtin_erf(x); }
 
 // Round to nearest even; NaN stays NaN.
 inline bfloat16 to_bfloat16(float value) {
@@ -89,6 +91,13 @@ struct VecF32 {
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(bfloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+#if defined(__AVX512BF16__)
+  // By the conversion instruction, which flushes subnormals, as products of pairs do.
+  void store_rounded(bfloat16* p) const {
+    const auto bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+#endif
 
  private:
   static VecF32 widen(__m256i bits) {
@@ -112,10 +121,21 @@ inline VecF32 operator*(VecF32 a, VecF32 b) { return {_mm512_mul_ps(a.v, b.v)}; 
 inline VecF32 operator/(VecF32 a, VecF32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 // NaN where b is.
 inline VecF32 larger(VecF32 a, VecF32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline VecF32 least(VecF32 a, VecF32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float sum_of(VecF32 a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest_of(VecF32 a) { return _mm512_reduce_max_ps(a.v); }
 inline VecF32 rounded(VecF32 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+inline VecF32 magnitude(VecF32 a) { return {_mm512_abs_ps(a.v)}; }
+inline VecF32 with_sign_of(VecF32 a, VecF32 sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return {_mm512_xor_ps(a.v, _mm512_and_ps(sign.v, bit))};
+}
+// Of 16 values, those at the lowest four bits of each word of `index`.
+inline VecF32 lookup(const float* table, VecF32 index) {
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(index.v), _mm512_load_ps(table))};
 }
 
 // 16 rows of 16 values, transposed.
@@ -212,6 +232,7 @@ inline VecF32 operator*(VecF32 a, VecF32 b) { return {_mm256_mul_ps(a.v, b.v)}; 
 inline VecF32 operator/(VecF32 a, VecF32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 // NaN where b is.
 inline VecF32 larger(VecF32 a, VecF32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline VecF32 least(VecF32 a, VecF32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline float sum_of(VecF32 a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -224,6 +245,17 @@ inline float largest_of(VecF32 a) {
 }
 inline VecF32 rounded(VecF32 a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline VecF32 magnitude(VecF32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline VecF32 with_sign_of(VecF32 a, VecF32 sign) {
+  return {_mm256_xor_ps(a.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}
+// Of 16 values, those at the lowest four bits of each word of `index`.
+inline VecF32 lookup(const float* table, VecF32 index) {
+  const __m256i bits = _mm256_castps_si256(index.v);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), bits);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), bits);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28)))};
 }
 // a · 2ⁿ for whole n of −126 … 127.
 inline VecF32 scaled_by_power(VecF32 a, VecF32 n) {

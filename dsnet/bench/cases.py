@@ -20,6 +20,8 @@ from dsnet_kernels.backends import OPERATIONS
 
 from .row import BASELINES, EAGER_BASELINES, SDPA
 
+_MLP_RATIO = 4
+
 Shapes = Mapping[str, tuple[int, ...]]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -264,13 +266,31 @@ def _alignment_shapes(s: Stage) -> Shapes:
     return {name: mixing[name] for name in ("residual", "weight", "bias")} | attention
 
 
+def _mlp_shapes(s: Stage) -> Shapes:
+    hidden = _MLP_RATIO * s.channels
+    return {
+        "x": (s.batch, s.channels, *s.grid),
+        "fc1_weight": (hidden, s.channels),
+        "fc1_bias": (hidden,),
+        "fc2_weight": (s.channels, hidden),
+        "fc2_bias": (s.channels,),
+        "scale": (s.channels,),
+        "shift": (s.channels,),
+    }
+
+
+def _mlp_flops(s: Stage) -> int:
+    """Of the forward's two products."""
+    return 4 * _MLP_RATIO * _pixels(s) * s.channels**2
+
+
 # Depthwise 3×3 per element: 9 MACs, bias included, + 2 of the affine + 1 of the residual; in the
 # backward as many MACs for grad x and for grad weight each. Read x, write the output; backward:
 # read the output's gradient and x, write x's gradient. Attention: products alone, twice as many in
 # the backward (what it recomputes is its own affair); reads and writes as above. Co-attention: the
 # same of both streams. Mixing: the same, the residual read in the forward, its gradient that of the
-# output. The alignment: the products of both operations, and what it has from outside, as in
-# mixing; the streams between them count as never stored.
+# output. The MLP: the same as attention. The alignment: the products of both operations, and what
+# it has from outside, as in mixing; the streams between them count as never stored.
 CASES: tuple[Case, ...] = (
     Case(
         operation="depthwise_conv3x3",
@@ -333,6 +353,15 @@ CASES: tuple[Case, ...] = (
             _streams(s) + 2 * _pixels(s) * s.channels,
             2 * _streams(s) + _pixels(s) * s.channels,
         ),
+    ),
+    Case(
+        operation="pointwise_mlp",
+        use="mlp",
+        formula="x + conv1×1(GELU(conv1×1(scale·x + shift)))",
+        shapes=_mlp_shapes,
+        baselines=EAGER_BASELINES,
+        flops=lambda s: (_mlp_flops(s), 2 * _mlp_flops(s)),
+        elements=lambda s: (2 * _pixels(s) * s.channels, 3 * _pixels(s) * s.channels),
     ),
     Alignment(
         operation="alignment",
