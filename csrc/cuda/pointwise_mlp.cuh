@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(MlpLaunch::threads, (FusedTile<T, width>::bloc
       }
     }
     multiply_groups_transposed<T, Tile::chunk>(
-        ResultRows<T, groups, tiles>(before), weights + Tile::fc1_values, result);
+        RoundedRows<T, groups, tiles>(before), weights + Tile::fc1_values, result);
   });
 
   const Factors factors{args.branch_scale, args.shape.pixels};

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
     multiply_groups_transposed<T, width>(
         Rows(grad_branch + warp_row * stride), weights + Tile::weight_values, gradient);
     apply_gelu<T>(before, gradient);
-    multiply_groups<T, Tile::chunk>(ResultRows<T, groups, tiles>(gradient), weights, result);
+    multiply_groups<T, Tile::chunk>(RoundedRows<T, groups, tiles>(gradient), weights, result);
   });
 
   // dx, and the sums of the warp's rows: G, dz·x and dz.
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
           for (int i = 0; i < 4; ++i) bias_sums[g][i / 2] += gradient[g][t][i];
         }
       }
-      multiply_groups<T, Tile::step>(ResultRows<T, groups, tiles>(gradient), normalized, fc1);
-      multiply_groups<T, Tile::step>(ResultRows<T, groups, tiles>(before), grad_branch, fc2);
+      multiply_groups<T, Tile::step>(RoundedRows<T, groups, tiles>(gradient), normalized, fc1);
+      multiply_groups<T, Tile::step>(RoundedRows<T, groups, tiles>(before), grad_branch, fc2);
     }
   });
 

@@ -150,9 +150,9 @@ class SharedRows {
 
 // Those of a result itself, rounded to T: its layout is the left operand's.
 template <typename T, int groups, int tiles>
-class ResultRows {
+class RoundedRows {
  public:
-  DSNET_DEVICE explicit ResultRows(const float (&values)[groups][tiles][4]) : values_(values) {}
+  DSNET_DEVICE explicit RoundedRows(const float (&values)[groups][tiles][4]) : values_(values) {}
 
   DSNET_DEVICE void operator()(int k, uint32_t (&a)[groups][4]) const {
 #pragma unroll
