@@ -90,10 +90,9 @@ struct MlpLaunch {
   bool large_out;       // in those with C columns
   int64_t slab_tokens;  // at a time; a multiple of all numbers of rows
   int64_t slabs;
-  int64_t
-      hidden_slots;  // partial sums of fc1_bias's gradient: rows of blocks; fused, also weights'
-  int64_t tokens_of_slot;  // of those
-  int64_t channel_slots;   // of the other vectors'
+  int64_t hidden_slots;    // partial sums of db₁, fused also of dW₁ and dW₂
+  int64_t tokens_of_slot;  // of those; not fused, the rows of a block
+  int64_t channel_slots;   // partial sums of the other vectors
 
   // Hidden channels of a block of the fused backward.
   static constexpr int fused_hidden(int64_t channels) { return channels > 64 ? 64 : 128; }
@@ -159,7 +158,7 @@ inline MlpLaunch mlp_launch_for(const MlpShape& shape, Storage storage, bool kep
   l.large_hidden = is_large(shape.hidden) && !recomputed;
   l.large_out = is_large(shape.channels);
 
-  // Float32's products take longer than the way of the hidden activations through memory.
+  // Fused on tensor cores alone: in float32 it is arithmetic that takes the time.
   l.fused = !kept && storage != Storage::float32 && shape.channels <= MlpLaunch::fused_channels;
   if (l.fused) {
     // Two blocks for each of 132 multiprocessors (limit: each leaves partial sums of its weights).

@@ -1,12 +1,11 @@
 // The block's MLP on the GPU: backward of narrow tokens whose hidden activations were not kept. To
 // be included by one translation unit.
 //
-// Two kernels recompute u and du, chunk by chunk in registers, and never write them:
-//   pointwise_mlp_backward_fused          dx and the sums over tokens; a block has 128 tokens
-//   pointwise_mlp_backward_fused_weights  dW₁, db₁ and dW₂; a block has some hidden channels and
-//   all
-//                                         tokens of a slot
-// That is two products more than with du and a in memory, whose way there and back takes longer.
+// Two kernels recompute u and du, chunk by chunk in registers, so that nothing R wide is in memory:
+//   pointwise_mlp_backward_fused          dx and sums over tokens; a block has 128 tokens
+//   pointwise_mlp_backward_fused_weights  dW₁, db₁ and dW₂; a block has 64 or 128 hidden channels
+//                                         and the tokens of a slot
+// They share no result: with u and G·W₂ in both, two products more than the other form takes.
 #pragma once
 
 #include "cuda/pointwise_mlp_backward.cuh"
