@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256)
 // Shared memory of pointwise_mlp_fused; `width` ≥ C.
 template <typename T, int width>
 struct FusedTile {
-  static constexpr int tokens = MlpLaunch::fused_tokens, chunk = 32, stages = 3;
+  static constexpr int tokens = MlpLaunch::fused_tokens, chunk = width > 64 ? 16 : 32, stages = 3;
   static constexpr int token_values = tokens * row_stride<T, width>;
   static constexpr int fc1_values = chunk * row_stride<T, width>;
   static constexpr int stage_values = fc1_values + width * row_stride<T, chunk>;

@@ -42,7 +42,7 @@ struct HiddenGradient {
 // A block leaves the column sums of its rows. The two products of `recomputes` take turns in shared
 // memory.
 template <typename T, typename Product, bool recomputes>
-__global__ void __launch_bounds__(MlpLaunch::threads, Product::blocks)
+__global__ void __launch_bounds__(MlpLaunch::threads, recomputes ? 3 : Product::blocks)
     pointwise_mlp_backward_hidden(const HiddenGradient<T> args, bool packed) {
   constexpr int parts = Product::column_parts;
   static_assert(!recomputes || parts == 1, "the second result would take too many registers");
