@@ -26,6 +26,10 @@ def _cpu_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
     return native.cpu_can_run(x) or _kernel_refusal(x, fc1_weight)
 
 
+def _cuda_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
+    return native.cuda_can_run(x) or _kernel_refusal(x, fc1_weight)
+
+
 def _triton_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
     return triton.can_run(x) or _kernel_refusal(x, fc1_weight)
 
@@ -34,8 +38,12 @@ OPERATION = register(
     Operation(
         "pointwise_mlp",
         tensors=("x", "fc1_weight"),
-        present={"cpu": native.cpu_refusal, "triton": lambda: triton.REFUSAL},
-        can_run={"cpu": _cpu_can_run, "triton": _triton_can_run},
+        present={
+            "cpu": native.cpu_refusal,
+            "triton": lambda: triton.REFUSAL,
+            "cuda": native.cuda_refusal,
+        },
+        can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
     )
 )
 

@@ -134,6 +134,10 @@ def test_launch_configurations_can_be_read(introspection):
     assert backward.startswith("pack 4,")
     with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16"):
         introspection.depthwise_conv3x3_launch((1, 1, 1, 1), "float64")
+    narrow = introspection.pointwise_mlp_launch((64, 64, 56, 56), 256, "bfloat16", False)
+    assert narrow.startswith("fused, blocks of 128 tokens")
+    wide = introspection.pointwise_mlp_launch((64, 320, 14, 14), 1280, "bfloat16", True, True)
+    assert wide.startswith("slabs 1 of 12544 tokens, blocks of 128 across hidden")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Forward and backward of each operation on each of its kernel backends, in float32 and bfloat16, on
 small stages of the network and on one of odd sizes with channels that fill no vector; attention
 also on both sides of the number of tokens, and of head dimensions, where its kernels change;
-co-attention also in either form, with dropout.
+co-attention also in either form, with dropout; the MLP of CUDA also with enough tokens for its
+large blocks.
 """
 
 import argparse
@@ -41,6 +42,9 @@ OPTIONS = {
 # Batch, tokens, heads, head dimension, dropout.
 ATTENTION = ((2, 9, 2, 8, 0.0), (2, 49, 2, 32, 0.1), (1, 70, 2, 40, 0.1), (1, 65, 1, 128, 0.0))
 
+# Batch, height, width, channels, hidden channels.
+LARGE_MLP = (72, 8, 8, 512, 2048)
+
 
 def attention(
     backend: str, shape: Sequence[float], dtype: torch.dtype, device: str
@@ -55,6 +59,18 @@ def attention(
         x, heads, *parameters, dropout_p=dropout_p, backend=backend
     )
     return [out, *torch.autograd.grad(out, [x, *parameters], torch.ones_like(out))]
+
+
+def mlp(backend: str, shape: Sequence[int], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Output and gradients of one call."""
+    batch, height, width, channels, hidden = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+    x = torch.randn((batch, channels, height, width), generator=generator)
+    values = [x, *(torch.randn(size, generator=generator) / 32 for size in sizes)]
+    leaves = [value.to(device, dtype).requires_grad_() for value in values]
+    out = dsnet_kernels.pointwise_mlp(*leaves, backend=backend)
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
 def main() -> int:
@@ -86,6 +102,11 @@ def main() -> int:
                 if not all(torch.isfinite(value).all() for value in values):
                     raise RuntimeError(f"global_attention {backend} {shape}: not finite")
                 count += 1
+    if device == "cuda" and "cuda" in dsnet_kernels.available_backends("pointwise_mlp"):
+        values = mlp("cuda", LARGE_MLP, torch.bfloat16, device)
+        if not all(torch.isfinite(value).all() for value in values):
+            raise RuntimeError(f"pointwise_mlp cuda {LARGE_MLP}: not finite")
+        count += 1
     print(f"{count} calls forward and backward on {device}")
     return 0 if count else 1
 

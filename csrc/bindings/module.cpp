@@ -12,6 +12,7 @@
 #include "cuda/co_attention.h"
 #include "cuda/depthwise_conv3x3.h"
 #include "cuda/global_attention.h"
+#include "cuda/pointwise_mlp.h"
 
 namespace py = pybind11;
 namespace cpu = dsnet::cpu;
@@ -63,6 +64,26 @@ std::string co_attention_launch(
   return text(dsnet::cuda::co_attention_launch(args, form));
 }
 
+std::string mlp_launch(const std::array<int64_t, 4>& extents, int64_t hidden,
+    const std::string& dtype, bool keep_hidden, bool backward) {
+  using namespace dsnet::cuda;
+  const auto [batch, channels, height, width] = extents;
+  const MlpShape shape{batch, height, width, channels, hidden};
+  const Storage storage = storage_of(dtype);
+  // An address that is not read: there are hidden activations.
+  alignas(16) static char kept;
+  if (backward) {
+    MlpBackward args{};
+    args.shape = shape;
+    args.hidden = keep_hidden ? &kept : nullptr;
+    return text(dsnet::cuda::mlp_launch(args, storage));
+  }
+  MlpForward args{};
+  args.shape = shape;
+  args.hidden = keep_hidden ? &kept : nullptr;
+  return text(dsnet::cuda::mlp_launch(args, storage));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -94,6 +115,10 @@ PYBIND11_MODULE(_C, m) {
       "'float16', as text.");
   m.def("global_attention_launch", &attention_launch, py::arg("shape"), py::arg("num_heads"),
       "The GPU launch chosen for contiguous tokens (B, M, C), forward and backward, as text.");
+  m.def("pointwise_mlp_launch", &mlp_launch, py::arg("shape"), py::arg("hidden"), py::arg("dtype"),
+      py::arg("keep_hidden"), py::arg("backward") = false,
+      "The GPU launch chosen for a contiguous channels_last (B, C, H, W) of a dtype and so many "
+      "hidden channels, which the forward keeps or the backward recomputes, as text.");
   m.def(
       "build_configuration", [] { return py::module_::import("json").attr("loads")(build_record); },
       "What this module was built with: the record that is also in build.json.");

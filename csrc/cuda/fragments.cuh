@@ -270,17 +270,15 @@ DSNET_DEVICE void transpose_among_lanes(V (&v)[4], unsigned step) {
 template <int tiles>
 DSNET_DEVICE void gather_row(
     const float (&result)[tiles][4], int first, int half, float (&row)[8]) {
-  uint64_t pairs[4];
+  // Not as pairs of 64 bits, which take more registers.
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const uint64_t high = __float_as_uint(result[first + t][2 * half + 1]);
-    pairs[t] = high << 32 | __float_as_uint(result[first + t][2 * half]);
-  }
-  transpose_among_lanes(pairs, 1);
+  for (int i = 0; i < 2; ++i) {
+    float values[4];
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    row[2 * t] = __uint_as_float(static_cast<uint32_t>(pairs[t]));
-    row[2 * t + 1] = __uint_as_float(static_cast<uint32_t>(pairs[t] >> 32));
+    for (int t = 0; t < 4; ++t) values[t] = result[first + t][2 * half + i];
+    transpose_among_lanes(values, 1);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) row[2 * t + i] = values[t];
   }
 }
 

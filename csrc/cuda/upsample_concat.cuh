@@ -22,12 +22,6 @@ DSNET_ANYWHERE Matrix<T> global_weight(const UpsampleShape& shape, const void* w
       shape.global_channels, shape.weight_columns};
 }
 
-// Rows next to each other.
-template <typename T>
-DSNET_ANYWHERE Matrix<T> dense(const void* data, int64_t rows, int64_t columns) {
-  return {static_cast<const T*>(data), rows, columns, columns};
-}
-
 // mixed = global · W_gᵀ.
 template <typename T>
 __global__ void __launch_bounds__(UpsampleLaunch::threads, product_blocks)
@@ -83,16 +77,6 @@ class Sampler {
   Sample y_, x_;
 };
 
-template <typename T>
-DSNET_DEVICE void load_parameter_eight(
-    const Parameter& parameter, int64_t column, int count, bool packed, float (&out)[8]) {
-  if (parameter.is_float32) {
-    load_eight(static_cast<const float*>(parameter.data) + column, count, packed, out);
-  } else {
-    load_eight(static_cast<const T*>(parameter.data) + column, count, packed, out);
-  }
-}
-
 // out = residual + branch_scale · (local · W_lᵀ + up(mixed) + bias).
 template <typename T>
 __global__ void __launch_bounds__(UpsampleLaunch::threads, sampling_blocks)
@@ -111,11 +95,9 @@ __global__ void __launch_bounds__(UpsampleLaunch::threads, sampling_blocks)
     if (count == 0) return;
     const int64_t at = row * channels + column;
     const float factor = factors.at<T>(row);
-    float values[8], bias[8] = {}, residual[8] = {};
+    float values[8], bias[8], residual[8] = {};
     Sampler(args, row).sample(column, count, l.packed, values);
-    if (args.bias.data != nullptr) {
-      load_parameter_eight<T>(args.bias, column, count, l.packed, bias);
-    }
+    load_parameter_eight<T>(args.bias, column, count, l.packed, 0, bias);
     if (args.residual != nullptr) {
       load_eight(static_cast<const T*>(args.residual) + at, count, l.packed, residual);
     }

@@ -1,10 +1,9 @@
 // What the kernels of upsampling and concatenation share: products of matrices in global memory by
-// blocks of 64 rows and 64 columns, factors of images, bilinear sampling.
+// blocks of 64 rows and 64 columns, bilinear sampling.
 #pragma once
 
-#include "common/anywhere.h"
-#include "cuda/fragments.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/matrix.cuh"
 #include "cuda/pipeline.cuh"
 #include "cuda/upsample_concat.h"
 
@@ -17,26 +16,6 @@ inline constexpr int tile_depth = 32;
 // of one that samples, of the gather.
 inline constexpr int product_blocks = 5, sampling_blocks = 4, gather_blocks = 8;
 
-// Rows of `columns` values, `stride` apart.
-template <typename T>
-struct Matrix {
-  const T* data;
-  int64_t rows;
-  int64_t columns;
-  int64_t stride;
-};
-
-// branch_scale, one factor for `rows` rows of an image.
-struct Factors {
-  Parameter values;
-  int64_t rows;
-
-  template <typename T>
-  DSNET_DEVICE float at(int64_t row) const {
-    return values.data == nullptr ? 1.0f : parameter_at<T>(values, row / rows, 1);
-  }
-};
-
 // Which rows and columns a block works on.
 struct ProductPlace {
   int64_t first_row;
@@ -48,12 +27,6 @@ struct ProductPlace {
     first_column = int64_t{blockIdx.x % blocks} * UpsampleLaunch::block_columns;
   }
 };
-
-// How many of the eight values from `column` on there are.
-DSNET_DEVICE int part_of_eight(int64_t column, int64_t columns) {
-  const int64_t left = columns - column;
-  return left < 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
-}
 
 // `rows` × `columns` of a matrix to shared memory as V, times the factors of its rows; zero outside
 // the matrix. Lands at a wait_copies.

@@ -1,4 +1,4 @@
-// What the bindings of attention on NVIDIA GPUs share: checks, dense products.
+// What some bindings on NVIDIA GPUs share: checks, dense products.
 #pragma once
 
 #include <array>
@@ -16,17 +16,20 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
 // which would change the dtype; they take no tensors that require a gradient.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 1> detached{from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::detach", "", detached.data(), TORCH_ABI_VERSION));
+  const auto detached = [](const Tensor& x) {
+    std::array<StableIValue, 1> stack{from(x)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+    return stack[0];
+  };
   if (out.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), detached[0], from(out)};
+    std::array<StableIValue, 3> stack{detached(a), detached(b), from(out)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
     return;
   }
-  std::array<StableIValue, 4> stack{from(a), detached[0], from(out.scalar_type()), from(out)};
+  std::array<StableIValue, 4> stack{detached(a), detached(b), from(out.scalar_type()), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);

@@ -40,6 +40,18 @@ inline float* float_data(const Tensor& tensor) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
+// (B, C, H, W) as contiguous (B, H, W, C), as it is or copied.
+inline Tensor as_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  bool is_channels_last = true;
+  for (int64_t d : {1, 3, 2, 0}) {
+    is_channels_last = is_channels_last && (x.size(d) == 1 || x.stride(d) == expected);
+    expected *= x.size(d);
+  }
+  if (is_channels_last) return x;
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
 // The device of a call made current, and torch's stream on it: kernels are launched with both.
 class Launch {
  public:
