@@ -32,7 +32,7 @@ import dsnet_kernels
 
 def tolerance(dtype):
     """Of results whose errors other tests bound: enough to tell a wrong rule from a right one."""
-    return {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
+    return {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
 
 
 def placed_inputs(case, variant, dtype=torch.float32, shape=None):
@@ -166,15 +166,14 @@ MAPPED = {
 @on_every_variant
 @pytest.mark.parametrize("mapping", MAPPED)
 def test_vmap_over_values_and_gradients(case, variant, mapping):
-    dtype, values = variant.widest, generator(7)
-    inputs = case.make(case.tiny[0], dtype, generator(0))
-    tensors = list(tensors_of(inputs).values())
+    dtype = variant.widest
+    inputs, *others = (case.make(case.tiny[0], dtype, generator(seed)) for seed in range(3))
+    # Of each tensor the case's own values: weights of another size would make steep softmaxes.
+    tensors, *more = (list(tensors_of(each).values()) for each in (inputs, *others))
     in_dims = tuple(MAPPED[mapping](i, tensor.dim()) for i, tensor in enumerate(tensors))
     samples = [
-        tensor
-        if dim is None
-        else torch.randn(3, *tensor.shape, generator=values, dtype=dtype).movedim(0, dim).clone()
-        for tensor, dim in zip(tensors, in_dims, strict=True)
+        each[0] if dim is None else torch.stack(each).movedim(0, dim).clone()
+        for dim, *each in zip(in_dims, tensors, *more, strict=True)
     ]
     places = tuple(range(len(tensors)))
     function, loss = positional(case, inputs)
