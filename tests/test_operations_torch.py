@@ -161,16 +161,23 @@ MAPPED = {
     "every second": lambda i, rank: None if i % 2 else min(1, rank),
     "all": lambda i, rank: 0,
 }
+STAND_IN_MAPPED = ("first, last dimension", "others")
+"""For what runs a kernel slowly: between them every input is mapped."""
 
 
 @on_every_variant
-@pytest.mark.parametrize("mapping", MAPPED)
-def test_vmap_over_values_and_gradients(case, variant, mapping):
+def test_vmap_over_values_and_gradients(case, variant):
+    for mapping in STAND_IN_MAPPED if variant.stand_in else MAPPED:
+        assert_vmap_is_the_references(case, variant, MAPPED[mapping])
+
+
+def assert_vmap_is_the_references(case, variant, in_dim):
+    """With ``in_dim`` of the position and the rank of each input."""
     dtype = variant.widest
     inputs, *others = (case.make(case.tiny[0], dtype, generator(seed)) for seed in range(3))
     # Of each tensor the case's own values: weights of another size would make steep softmaxes.
     tensors, *more = (list(tensors_of(each).values()) for each in (inputs, *others))
-    in_dims = tuple(MAPPED[mapping](i, tensor.dim()) for i, tensor in enumerate(tensors))
+    in_dims = tuple(in_dim(i, tensor.dim()) for i, tensor in enumerate(tensors))
     samples = [
         each[0] if dim is None else torch.stack(each).movedim(0, dim).clone()
         for dim, *each in zip(in_dims, tensors, *more, strict=True)
