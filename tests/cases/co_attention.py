@@ -176,6 +176,7 @@ CASE = OpCase(
     refused={"sdpa": ("dropout, absorbed", "dropout, projected")},
     faults=FAULTS,
     bad=BAD,
-    # As in global_attention.
-    slack={"sdpa": 24.0, "cuda": 3.0},
+    # sdpa and cuda as in global_attention. Of four samples of these few tokens the largest error in
+    # float32 is still a matter of chance: the cpu kernels' was up to 2.4 times the reference's.
+    slack={"sdpa": 24.0, "cpu": 2.5, "cuda": 3.0},
 )
