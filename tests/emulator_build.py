@@ -5,6 +5,7 @@ their runtimes preloaded: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so)
 $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0``.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -59,6 +60,18 @@ def _digest(command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _compile(command: list[str], library: Path) -> None:
+    """Complete or not at all: written beside ``library`` and renamed."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / library.name
+        result = subprocess.run(
+            [*command, "-o", str(built)], check=False, capture_output=True, text=True
+        )
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+        os.replace(built, library)
+
+
 @functools.cache
 def load(name: str) -> ModuleType:
     """The module ``emulator_<name>`` of tests/emulator/<name>.cpp, compiled if it is not cached.
@@ -70,17 +83,12 @@ def load(name: str) -> ModuleType:
     module_name = f"emulator_{name}"
     folder = CACHE / _digest(command)
     library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Another process may build the same: each writes a file of its own and renames it.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / library.name
-            result = subprocess.run(
-                [*command, "-o", str(built)], check=False, capture_output=True, text=True
-            )
-            if result.returncode != 0:
-                raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-            os.replace(built, library)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another process may want the same: it waits, rather than compile it too.
+    with (folder / f"{module_name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(command, library)
     spec = importlib.util.spec_from_file_location(module_name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

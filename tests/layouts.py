@@ -74,3 +74,10 @@ LAYOUTS = {
     "slice_at_7": partial(embedded, before=7, after=3),
     **{f"offset_{offset}": partial(at_offset, offset=offset) for offset in range(1, 8)},
 }
+
+STAND_IN_LAYOUTS = {
+    name: layout
+    for name, layout in LAYOUTS.items()
+    if name not in ("slice_at_3", "slice_at_7", "offset_3", "offset_5", "offset_6", "offset_7")
+}
+"""One of each alignment, for what runs a kernel slowly."""

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from cases import CASES
 from public_layout import public_state_dict
 
 import dsnet
@@ -216,3 +217,8 @@ def test_set_up_is_two_commands():
 def test_results_are_rendered_from_the_record():
     text = DOCUMENTS["README.md"]
     assert readme_results.updated(text) == text
+
+
+def test_budgets_other_than_twice_the_references_error():
+    found = {(name, backend): float(factor) for name, backend, factor, _ in table("budget of")}
+    assert found == {(case.name, name): case.slack[name] for case in CASES for name in case.slack}

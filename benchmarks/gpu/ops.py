@@ -11,9 +11,18 @@ from torch import Tensor
 
 from dsnet.bench.cases import CASES, Case, Stage, stages
 from dsnet.bench.check import Check, both, check_directions, check_errors
-from dsnet.bench.ops import Inputs, as_tuple, baseline, explain, make_inputs, ours
+from dsnet.bench.ops import (
+    DRAWS,
+    Inputs,
+    as_tuple,
+    baseline,
+    explain,
+    make_inputs,
+    ours,
+    reference_values,
+)
 from dsnet.bench.report import Row
-from dsnet.bench.row import EAGER_BASELINES, Contender, run_row
+from dsnet.bench.row import Contender, run_row
 
 from .clock import captured, timer
 from .program import Context
@@ -89,19 +98,19 @@ def op_rows(
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Row]:
     """Two rows of the same work: launched call by call, and replayed as a graph."""
-    inputs = make_inputs(case, stage, dtype, backward).map(lambda value: value.to(device))
+    draws = (make_inputs(case, stage, dtype, backward, seed) for seed in range(DRAWS))
+    draws = [draw.map(lambda value: value.to(device)) for draw in draws]
     if backward:
-        inputs = BackwardInputs(inputs.tensors, inputs.constants, inputs.grads)
+        draws = [BackwardInputs(draw.tensors, draw.constants, draw.grads) for draw in draws]
+    inputs = draws[0]
     leading = inputs.tensors[case.activations[0]]
-    exact = baseline("eager_channels_last", case, inputs.map(Tensor.double))
     contenders = [baseline(name, case, inputs) for name in case.baselines]
     contenders.append(native(case, inputs))
     backends = our_backends(case, device)
     contenders += [ours(name, case, inputs) for name in backends]
     flops, elements = (part(stage)[int(backward)] for part in (case.flops, case.elements))
     with torch.inference_mode(not backward):
-        references = [baseline(name, case, inputs).values() for name in EAGER_BASELINES]
-        oracle = exact.values()
+        references, oracle = reference_values(case, draws)
 
         def judge(values: Mapping[str, Tensor], slack: float) -> Check:
             return both(

@@ -1,6 +1,8 @@
 // Bidirectional co-attention on the CPU: sizes, and the choice of the compiled kernels.
 #include "co_attention.h"
 
+#include "dispatch.h"
+
 namespace dsnet::cpu {
 
 namespace {
@@ -31,35 +33,8 @@ int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layou
          rounding;
 }
 
-#define DSNET_DECLARE(arch)                                          \
-  namespace arch {                                                   \
-  CoAttentionForwardKernels co_attention_forward(Storage storage);   \
-  CoAttentionBackwardKernels co_attention_backward(Storage storage); \
-  }
-DSNET_DECLARE(generic)
-#ifdef DSNET_X86
-DSNET_DECLARE(avx2)
-DSNET_DECLARE(avx512)
-DSNET_DECLARE(avx512_bf16)
-#endif
-#undef DSNET_DECLARE
-
-CoAttentionForwardKernels co_attention_forward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability == Capability::avx512_bf16) return avx512_bf16::co_attention_forward(storage);
-  if (capability == Capability::avx512) return avx512::co_attention_forward(storage);
-  if (capability == Capability::avx2) return avx2::co_attention_forward(storage);
-#endif
-  return generic::co_attention_forward(storage);
-}
-
-CoAttentionBackwardKernels co_attention_backward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  // Gradients keep the products of values: of pairs they would be rounded before they are summed.
-  if (capability >= Capability::avx512) return avx512::co_attention_backward(storage);
-  if (capability == Capability::avx2) return avx2::co_attention_backward(storage);
-#endif
-  return generic::co_attention_backward(storage);
-}
+DSNET_DISPATCH_BF16(CoAttentionForwardKernels, co_attention_forward)
+// Gradients keep the products of values: of pairs they would be rounded before they are summed.
+DSNET_DISPATCH(CoAttentionBackwardKernels, co_attention_backward)
 
 }  // namespace dsnet::cpu

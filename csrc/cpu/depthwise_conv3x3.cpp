@@ -3,19 +3,9 @@
 
 #include <algorithm>
 
-namespace dsnet::cpu {
+#include "dispatch.h"
 
-#define DSNET_DECLARE(arch)                                    \
-  namespace arch {                                             \
-  DepthwiseForwardKernel depthwise_forward(Storage storage);   \
-  DepthwiseBackwardKernel depthwise_backward(Storage storage); \
-  }
-DSNET_DECLARE(generic)
-#ifdef DSNET_X86
-DSNET_DECLARE(avx2)
-DSNET_DECLARE(avx512)
-#endif
-#undef DSNET_DECLARE
+namespace dsnet::cpu {
 
 DepthwiseTasks::DepthwiseTasks(const DepthwiseShape& shape) {
   strips = (shape.height + rows_per_strip - 1) / rows_per_strip;
@@ -28,20 +18,7 @@ DepthwiseTasks::DepthwiseTasks(const DepthwiseShape& shape) {
   grain = std::max<int64_t>(1, values_per_grain / std::max<int64_t>(1, values));
 }
 
-DepthwiseForwardKernel depthwise_forward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability >= Capability::avx512) return avx512::depthwise_forward(storage);
-  if (capability == Capability::avx2) return avx2::depthwise_forward(storage);
-#endif
-  return generic::depthwise_forward(storage);
-}
-
-DepthwiseBackwardKernel depthwise_backward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability >= Capability::avx512) return avx512::depthwise_backward(storage);
-  if (capability == Capability::avx2) return avx2::depthwise_backward(storage);
-#endif
-  return generic::depthwise_backward(storage);
-}
+DSNET_DISPATCH(DepthwiseForwardKernel, depthwise_forward)
+DSNET_DISPATCH(DepthwiseBackwardKernel, depthwise_backward)
 
 }  // namespace dsnet::cpu

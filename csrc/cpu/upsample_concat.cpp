@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dispatch.h"
+
 namespace dsnet::cpu {
 
 Axis::Axis(int64_t coarse, int64_t fine)
@@ -23,35 +25,7 @@ Axis::Axis(int64_t coarse, int64_t fine)
   }
 }
 
-#define DSNET_DECLARE(arch)                                          \
-  namespace arch {                                                   \
-  UpsampleForwardKernels upsample_concat_forward(Storage storage);   \
-  UpsampleBackwardKernels upsample_concat_backward(Storage storage); \
-  }
-DSNET_DECLARE(generic)
-#ifdef DSNET_X86
-DSNET_DECLARE(avx2)
-DSNET_DECLARE(avx512)
-DSNET_DECLARE(avx512_bf16)
-#endif
-#undef DSNET_DECLARE
-
-UpsampleForwardKernels upsample_concat_forward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability == Capability::avx512_bf16) return avx512_bf16::upsample_concat_forward(storage);
-  if (capability == Capability::avx512) return avx512::upsample_concat_forward(storage);
-  if (capability == Capability::avx2) return avx2::upsample_concat_forward(storage);
-#endif
-  return generic::upsample_concat_forward(storage);
-}
-
-UpsampleBackwardKernels upsample_concat_backward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability == Capability::avx512_bf16) return avx512_bf16::upsample_concat_backward(storage);
-  if (capability == Capability::avx512) return avx512::upsample_concat_backward(storage);
-  if (capability == Capability::avx2) return avx2::upsample_concat_backward(storage);
-#endif
-  return generic::upsample_concat_backward(storage);
-}
+DSNET_DISPATCH_BF16(UpsampleForwardKernels, upsample_concat_forward)
+DSNET_DISPATCH_BF16(UpsampleBackwardKernels, upsample_concat_backward)
 
 }  // namespace dsnet::cpu

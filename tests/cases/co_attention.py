@@ -162,7 +162,7 @@ CASE = OpCase(
         (1, 25, 41, 1025, 2, 16, 24, 40),
         (16_385, 1, 2, 2, 4, 8, 8, 8),
     ),
-    small=((2, 3, 4, 9, 2, 8, 12, 20), (3, 9, 7, 50, 1, 16, 16, 24)),
+    small=((2, 3, 4, 9, 2, 8, 12, 20), (3, 5, 7, 17, 1, 16, 16, 24)),
     tiny=((2, 2, 2, 3, 2, 8, 5, 6),),
     options={
         "absorbed": {"absorbed": True},
@@ -176,6 +176,7 @@ CASE = OpCase(
     refused={"sdpa": ("dropout, absorbed", "dropout, projected")},
     faults=FAULTS,
     bad=BAD,
-    # As in global_attention; the reference's own error in float32 moves with the number of threads.
+    # sdpa and cuda as in global_attention. Of four samples of these few tokens the largest error in
+    # float32 is still a matter of chance: the cpu kernels' was up to 2.4 times the reference's.
     slack={"sdpa": 24.0, "cpu": 2.5, "cuda": 3.0},
 )
