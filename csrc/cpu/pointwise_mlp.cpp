@@ -1,37 +1,11 @@
-// The block's MLP on the CPU: the choice of compiled kernels.
+// The block's MLP on the CPU: the choice of the compiled kernels.
 #include "pointwise_mlp.h"
+
+#include "dispatch.h"
 
 namespace dsnet::cpu {
 
-#define DSNET_DECLARE(arch)                                   \
-  namespace arch {                                            \
-  MlpForwardKernels pointwise_mlp_forward(Storage storage);   \
-  MlpBackwardKernels pointwise_mlp_backward(Storage storage); \
-  }
-DSNET_DECLARE(generic)
-#ifdef DSNET_X86
-DSNET_DECLARE(avx2)
-DSNET_DECLARE(avx512)
-DSNET_DECLARE(avx512_bf16)
-#endif
-#undef DSNET_DECLARE
-
-MlpForwardKernels pointwise_mlp_forward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability == Capability::avx512_bf16) return avx512_bf16::pointwise_mlp_forward(storage);
-  if (capability == Capability::avx512) return avx512::pointwise_mlp_forward(storage);
-  if (capability == Capability::avx2) return avx2::pointwise_mlp_forward(storage);
-#endif
-  return generic::pointwise_mlp_forward(storage);
-}
-
-MlpBackwardKernels pointwise_mlp_backward(Capability capability, Storage storage) {
-#ifdef DSNET_X86
-  if (capability == Capability::avx512_bf16) return avx512_bf16::pointwise_mlp_backward(storage);
-  if (capability == Capability::avx512) return avx512::pointwise_mlp_backward(storage);
-  if (capability == Capability::avx2) return avx2::pointwise_mlp_backward(storage);
-#endif
-  return generic::pointwise_mlp_backward(storage);
-}
+DSNET_DISPATCH_BF16(MlpForwardKernels, pointwise_mlp_forward)
+DSNET_DISPATCH_BF16(MlpBackwardKernels, pointwise_mlp_backward)
 
 }  // namespace dsnet::cpu
