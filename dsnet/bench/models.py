@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dsnet_kernels
-from dsnet.model import DSNet, create_model
+from dsnet.model import create_model
+from dsnet.optimize import optimize
 
 from .cases import CASES, stages
 from .check import Check, both, check_directions, check_errors
@@ -40,8 +41,9 @@ def model_row(
 ) -> Row:
     """Times inference of ``name``, or its training step: forward, loss, backward, AdamW.
 
-    Images arrive as a loader delivers them, in NCHW; their conversion is part of the time.
-    ``extend`` turns the contenders into those that are timed.
+    Ours is in inference what :func:`dsnet.optimize` returns. Images arrive as a loader delivers
+    them, in NCHW; their conversion is part of the time. ``extend`` turns the contenders into those
+    that are timed.
     """
     work = "training" if training else "inference"
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +56,10 @@ def model_row(
         model = create_model(name, device=device, dtype=dtype, backend=backend)
         model.load_state_dict(state)
         chosen = chosen_backends(name, batch, size, dtype, backend, device)
-        return _contender(variant, role, model.train(training), images, labels, chosen)
+        model.train(training)
+        if role == "ours" and not training:
+            model = optimize(model, backend=backend)
+        return _contender(variant, role, model, images, labels, chosen)
 
     exact = create_model(name, device=device, dtype=torch.float64, backend="reference")
     exact.train(training)
@@ -83,7 +88,7 @@ def model_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=None,
             bytes=None,
-            notes=tuple(_notes(backends)),
+            notes=tuple(_notes(backends, training)),
         )
 
 
@@ -112,7 +117,9 @@ def _with_fallback(backend: str) -> str | list[str]:
     return backend if backend in ("auto", "reference") else [backend, "reference"]
 
 
-def _notes(backends: Sequence[str]):
+def _notes(backends: Sequence[str], training: bool):
+    if not training:
+        yield "ours is dsnet.optimize(model) in inference"
     for backend in backends:
         if backend not in ("auto", "reference"):
             yield f"{backend}: operations without a {backend} kernel run as the reference"
@@ -137,7 +144,7 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _contender(
     name: str,
     role: str,
-    model: DSNet,
+    model: nn.Module,
     images: Tensor,
     labels: Tensor,
     chosen: dict[str, str],
