@@ -147,7 +147,9 @@ def test_results_are_channels_last(variant):
 
 
 @on_every_variant
-@pytest.mark.parametrize("shape", [(1, 1, 16, 1, 1), (1, 3, 11, 1, 40), (2, 2, 3, 33, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16, 1, 1), (1, 3, 11, 1, 40), (2, 2, 3, 33, 2), (1, 10, 27, 5, 7)], ids=str
+)
 def test_widths_of_any_size(variant, shape, kept):
     compare(CASE, variant, *(sample(CASE, shape, variant.widest, seed) for seed in range(3)))
 

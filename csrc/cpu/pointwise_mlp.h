@@ -50,6 +50,9 @@ struct MlpLayout {
   static constexpr int64_t stage_rows = 16;        // rows of a staged operand
   static constexpr int64_t column_sums = 3;        // gradients of scale, shift, second bias
 
+  static constexpr int64_t shared_vectors = 16;  // threads share tokens up to so many
+  static constexpr int64_t shared_rows = 14;     // rows of a weight, then, of a task
+
   explicit MlpLayout(const MlpShape& shape)
       : channels(padded(shape.channels)),
         hidden((shape.hidden + 1) / 2 * 2),
@@ -65,13 +68,14 @@ struct MlpLayout {
   int64_t vectors;
   int64_t chunk;  // vectors of which the backward keeps hidden activations
 
+  bool is_shared() const { return vectors <= shared_vectors; }
   int64_t chunk_tokens() const { return chunk * lanes; }
 
   int64_t forward_scratch() const {
     return block * (2 * channels + hidden) + lanes * channels + 4 * lanes;
   }
   int64_t backward_scratch() const {
-    return block * (3 * channels + 2 * hidden) + lanes * channels + 6 * lanes;
+    return block * (3 * channels + 2 * hidden) + 2 * lanes * channels + 7 * lanes;
   }
 };
 
@@ -84,7 +88,11 @@ struct MlpForward {
   const void *fc1_bias, *fc2_bias;  // (R), (C)
   Parameter factors;                // (B), may be null
   void* hidden;                     // (vectors, R, lanes) as stored: before GELU; may be null
-  void* out;                        // (tokens, C) contiguous, as stored
+  // Of all tokens, where threads share them:
+  void* panels;       // (C, vectors · lanes) in panels
+  void* activations;  // (R, vectors · lanes) in panels
+  void* sums;         // (C, vectors · lanes)
+  void* out;          // (tokens, C) contiguous, as stored
 };
 
 struct MlpBackward {
@@ -113,6 +121,11 @@ struct MlpForwardKernels {
   bool pairs;             // whether products are of pairs of bfloat16
   Step<MlpWeight> stage;  // stage_rows rows a task
   Step<MlpForward> run;   // a vector a task: everything else
+  // The same in steps, where threads share the tokens:
+  Step<MlpForward> put;     // a vector a task: panels
+  Step<MlpForward> first;   // shared_rows rows of fc1 a task: activations
+  Step<MlpForward> second;  // shared_rows rows of fc2 a task: sums
+  Step<MlpForward> take;    // a vector a task: out
 };
 
 struct MlpBackwardKernels {

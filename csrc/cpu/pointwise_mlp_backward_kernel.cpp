@@ -126,6 +126,7 @@ void tokens(const MlpBackward& args, void* memory, int64_t begin, int64_t end) {
   const int64_t C = shape.channels, R = shape.hidden, all = layout.chunk_tokens();
   Scratch<Acc> scratch(memory);
   Acc* rows = scratch.take(lanes * layout.channels);
+  Acc* paired = scratch.take(lanes * layout.channels);
   Acc* inputs = scratch.take(MlpLayout::block * layout.channels);
   Acc* grads = scratch.take(MlpLayout::block * layout.channels);
   Acc* recomputed = scratch.take(MlpLayout::block * layout.hidden);
@@ -143,15 +144,15 @@ void tokens(const MlpBackward& args, void* memory, int64_t begin, int64_t end) {
       const int64_t first = (vector + v) * lanes, inside = (task + v) * lanes;
       const int64_t count = smaller(lanes, shape.tokens() - first);
       token_rows<T>(args.grad, first, count, C, weighted, rows);
-      put_columns<V>(rows, C, v * lanes, columns, grads);
+      put_columns<T>(rows, C, v * lanes, columns, paired, grads);
       put_rows<T>(rows, C, inside, all, static_cast<Acc*>(args.grads));
       token_rows<T>(args.x, first, count, C, affine, rows);
-      if (args.hidden == nullptr) put_columns<V>(rows, C, v * lanes, columns, inputs);
+      if (args.hidden == nullptr) {
+        put_columns<T>(rows, C, v * lanes, columns, paired, inputs);
+      }
       put_rows<T>(rows, C, inside, all, static_cast<Acc*>(args.inputs));
     }
-    pair_panels<V, T>(C, columns, grads);
     if (args.hidden == nullptr) {
-      pair_panels<V, T>(C, columns, inputs);
       multiply_panels<V, typename Products<T>::type>(R, columns, depth_of<T>(C),
           operand_of<T>(args.fc1), inputs, FromBias<V>{static_cast<const Acc*>(args.fc1_bias)},
           To<V>{{recomputed, columns}});

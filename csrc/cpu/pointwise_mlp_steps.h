@@ -86,13 +86,23 @@ Acc factor_of(const Parameter& factors, const MlpShape& shape, int64_t token) {
 }
 
 // The rows of a vector as columns of a right operand (channels, columns) in panels, from `column`
-// on.
-template <typename V, typename Acc = typename V::Acc>
-void put_columns(const Acc* rows, int64_t channels, int64_t column, int64_t columns, Acc* panels) {
+// on. `paired` is memory for as many rows, or the rows themselves if nothing needs them any more.
+template <typename T, typename Acc = AccumulatorOf<T>>
+void put_columns(
+    const Acc* rows, int64_t channels, int64_t column, int64_t columns, Acc* paired, Acc* panels) {
+  using V = typename Register<T>::type;
+  const int64_t stride = padded(channels), depth = depth_of<T>(channels);
+  if constexpr (Products<T>::pairs) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (paired != rows) copy_columns(1, stride, rows + i * stride, 0, paired + i * stride, 0);
+      pair_columns(paired + i * stride, 2 * depth);
+    }
+    rows = paired;
+  }
   for (int64_t i = 0; i < lanes; i += V::size) {
     const Panel panel = panel_of<V>(column + i, columns);
-    transpose(V::size, channels, rows + i * padded(channels), padded(channels),
-        panels + panel.first * channels + column + i - panel.first, panel.columns);
+    transpose(V::size, depth, rows + i * stride, stride,
+        panels + panel.first * depth + column + i - panel.first, panel.columns);
   }
 }
 

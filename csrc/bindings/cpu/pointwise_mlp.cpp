@@ -129,8 +129,22 @@ std::tuple<Tensor, Tensor> pointwise_mlp(const Tensor& x, const Tensor& fc1_weig
     args.fc2_bias = call.fc2_bias();
     args.hidden = keep_hidden ? hidden.mutable_data_ptr() : nullptr;
     args.out = out.mutable_data_ptr();
-    call.run(kernels.run, args, call.layout.forward_scratch(), call.layout.vectors,
-        2 * cpu::lanes * shape.channels * shape.hidden);
+    const cpu::MlpLayout& layout = call.layout;
+    const int64_t C = shape.channels, R = shape.hidden, columns = layout.vectors * cpu::lanes;
+    const int64_t size = layout.forward_scratch();
+    if (!layout.is_shared()) {
+      call.run(kernels.run, args, size, layout.vectors, 2 * cpu::lanes * C * R);
+      return;
+    }
+    args.panels = call.held({layout.channels, columns});
+    args.activations = call.held({layout.hidden, columns});
+    args.sums = call.held({C, columns});
+    constexpr int64_t unit = cpu::MlpLayout::shared_rows;
+    // Moving a value costs about as much as four products.
+    call.run(kernels.put, args, size, layout.vectors, 4 * cpu::lanes * C);
+    call.run(kernels.first, args, 0, (R + unit - 1) / unit, unit * columns * C);
+    call.run(kernels.second, args, 0, (C + unit - 1) / unit, unit * columns * R);
+    call.run(kernels.take, args, size, layout.vectors, 4 * cpu::lanes * C);
   });
   return {out, hidden};
 }
