@@ -36,13 +36,13 @@ def test_error_may_be_twice_the_references(oracle, factor, passes):
     assert check.worst == pytest.approx(factor / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize(("factor", "passes"), [(1.99, True), (2.1, False)])
-def test_one_error_may_be_twice_the_references(oracle, factor, passes):
+@pytest.mark.parametrize(("factor", "passes"), [(2.49, True), (2.6, False)])
+def test_one_error_may_be_a_quarter_more(oracle, factor, passes):
     got = {"out": oracle["out"].clone()}
     got["out"][5] += factor * 1e-3
     check = check_errors(got, [perturbed(oracle, 1e-3)], oracle)
     assert check.passed is passes
-    assert check.worst == pytest.approx(factor / 2, rel=1e-6)
+    assert check.worst == pytest.approx(factor / 2.5, rel=1e-6)
 
 
 def test_the_references_errors_are_those_of_every_draw():

@@ -27,10 +27,11 @@ class Check:
 def check_errors(
     got: Values, references: Sequence[Values], oracle: Values, slack: float = 2.0
 ) -> Check:
-    """err(got) ≤ slack·(err(reference) + eps·size(oracle)) for each value, in maximum and as RMS.
+    """err(got) ≤ slack·(err(reference) + eps·size(oracle)) for each value, as RMS.
 
-    err is the distance to the oracle, size the oracle's own maximum or RMS, eps that of got's
-    dtype; of several references, which have the same dtype, the largest error counts.
+    err is the distance to the oracle, size the oracle's own RMS, eps that of got's dtype; of
+    several references, which have the same dtype, the largest error counts. The same holds of
+    maxima with a quarter more: the largest error of few draws is a matter of chance.
     """
     return _check(got, references, oracle, partial(_error_excess, slack=slack))
 
@@ -72,9 +73,12 @@ def _check(got: Values, references: Sequence[Values], oracle: Values, excess) ->
 
 def _error_excess(value: Tensor, references: Sequence[Tensor], truth: Tensor, slack: float):
     eps = torch.finfo(value.dtype).eps
-    for what, norm in (("maximum error", _maximum), ("RMS error", _rms)):
+    for what, norm, factor in (
+        ("maximum error", _maximum, 1.25 * slack),
+        ("RMS error", _rms, slack),
+    ):
         allowed = max(norm(reference.double() - truth) for reference in references)
-        yield what, norm(value.double() - truth), slack * (allowed + eps * norm(truth))
+        yield what, norm(value.double() - truth), factor * (allowed + eps * norm(truth))
 
 
 def _direction_excess(value: Tensor, references: Sequence[Tensor], truth: Tensor):
