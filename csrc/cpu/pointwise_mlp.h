@@ -49,9 +49,8 @@ struct MlpLayout {
   static constexpr int64_t chunk_bytes = 6 << 20;  // of hidden activations, about
   static constexpr int64_t stage_rows = 16;        // rows of a staged operand
   static constexpr int64_t column_sums = 3;        // gradients of scale, shift, second bias
-
-  static constexpr int64_t shared_vectors = 16;  // threads share tokens up to so many
-  static constexpr int64_t shared_rows = 14;     // rows of a weight, then, of a task
+  static constexpr int64_t shared_vectors = 16;    // threads share tokens up to so many
+  static constexpr int64_t shared_rows = 14;       // rows of a weight, then, of a task
 
   explicit MlpLayout(const MlpShape& shape)
       : channels(padded(shape.channels)),
@@ -88,11 +87,11 @@ struct MlpForward {
   const void *fc1_bias, *fc2_bias;  // (R), (C)
   Parameter factors;                // (B), may be null
   void* hidden;                     // (vectors, R, lanes) as stored: before GELU; may be null
+  void* out;                        // (tokens, C) contiguous, as stored
   // Of all tokens, where threads share them:
   void* panels;       // (C, vectors · lanes) in panels
   void* activations;  // (R, vectors · lanes) in panels
   void* sums;         // (C, vectors · lanes)
-  void* out;          // (tokens, C) contiguous, as stored
 };
 
 struct MlpBackward {
