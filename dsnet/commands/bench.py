@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dsnet_kernels.backends import PREFERENCE
 
 from ..variants import list_models
-from . import at_least
+from . import at_least, image_size
 
 NAME = "bench"
 HELP = "time the fused operations and the networks against the reference"
@@ -23,7 +23,6 @@ BASELINES = {
     "compile": "compile",
     "sdpa": "sdpa",
 }
-SMALLEST_IMAGE = 32
 ON_CPU = ("cpu", "sdpa", "reference")
 """Backends that take CPU tensors."""
 
@@ -92,20 +91,6 @@ def cpu_backend(text: str) -> str:
             " (for a GPU: python -m benchmarks.gpu in the repository)"
         )
     return text
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """An argument type: ``224`` or ``800x1333`` as (rows, columns)."""
-    parts = text.lower().replace("×", "x").split("x")
-    try:
-        lengths = tuple(int(part) for part in parts)
-    except ValueError:
-        lengths = ()
-    if len(lengths) not in (1, 2) or min(lengths) < SMALLEST_IMAGE:
-        raise argparse.ArgumentTypeError(
-            f"expected N or ROWSxCOLUMNS of at least {SMALLEST_IMAGE} pixels, got {text!r}"
-        )
-    return lengths if len(lengths) == 2 else lengths * 2
 
 
 def run(args: argparse.Namespace) -> int:
