@@ -11,6 +11,7 @@ import dsnet_kernels
 from dsnet.model import create_model
 from dsnet.optimize import optimize
 
+from . import peers
 from .cases import CASES, stages
 from .check import Check, both, check_directions, check_errors
 from .ops import explain, make_inputs
@@ -61,14 +62,18 @@ def model_row(
             model = optimize(model, backend=backend)
         return _contender(variant, role, model, images, labels, chosen)
 
+    rounded = {key: _rounded(value, dtype) for key, value in state.items()}
     exact = create_model(name, device=device, dtype=torch.float64, backend="reference")
     exact.train(training)
     # The oracle starts from the weights as the others have them, rounded.
-    exact.load_state_dict({key: _rounded(value, dtype) for key, value in state.items()})
+    exact.load_state_dict(rounded)
     eager = [build(variant, "baseline") for variant in EAGER_BASELINES]
     contenders = [entry for entry in eager if entry.name in baselines]
     if "compile" in baselines:
         contenders.append(build("compile", "baseline"))
+    refusals = _peer_refusals(baselines, dtype, device, training)
+    onnx = cache(partial(peers.reference_onnx, name, rounded, images.shape))
+    contenders += [peers.contender(peer, onnx, images) for peer, why in refusals.items() if not why]
     contenders += [build(backend, "ours") for backend in backends]
     with torch.inference_mode(not training):
         oracle = _values(exact, exact, images.double(), labels)
@@ -88,7 +93,7 @@ def model_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=None,
             bytes=None,
-            notes=tuple(_notes(backends, training)),
+            notes=tuple(_notes(backends, training, refusals)),
         )
 
 
@@ -117,12 +122,25 @@ def _with_fallback(backend: str) -> str | list[str]:
     return backend if backend in ("auto", "reference") else [backend, "reference"]
 
 
-def _notes(backends: Sequence[str], training: bool):
+def _peer_refusals(
+    baselines: Sequence[str], dtype: torch.dtype, device: str, training: bool
+) -> dict[str, str | None]:
+    """Why each peer among ``baselines`` takes no part, None where it does."""
+    named = [name for name in baselines if name in peers.PEERS]
+    if training:
+        return dict.fromkeys(named, "it does not train")
+    return {name: peers.refusal(name, dtype, device) for name in named}
+
+
+def _notes(backends: Sequence[str], training: bool, refusals: Mapping[str, str | None]):
     if not training:
         yield "ours is dsnet.optimize(model) in inference"
     for backend in backends:
         if backend not in ("auto", "reference"):
             yield f"{backend}: operations without a {backend} kernel run as the reference"
+    for peer, reason in refusals.items():
+        if reason is not None:
+            yield f"{peer} is left out: {reason}"
 
 
 def _random_state(name: str, generator: torch.Generator) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ BASELINES = {
     "channels_last": "eager_channels_last",
     "compile": "compile",
     "sdpa": "sdpa",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
 }
 ON_CPU = ("cpu", "sdpa", "reference")
 """Backends that take CPU tensors."""
@@ -67,10 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--baselines",
-        choices=list(BASELINES),
+        choices=[*BASELINES, "all"],
         nargs="+",
         help="the reference in these forms, each where it applies (default: the eager ones, compile"
-        " for the operations with an affine, sdpa for attention)",
+        " for the operations with an affine, sdpa for attention); onnxruntime and openvino, for a"
+        " network's inference, need the extra peers",
     )
     parser.add_argument(
         "--mode",
@@ -95,6 +98,7 @@ def cpu_backend(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from ..bench import report
+    from ..bench.peers import versions
     from ..bench.table import render
 
     refuse_absent(args.backends)
@@ -106,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     with _threads(args.threads):
         environment = report.environment(shlex.join(["dsnet", *args.argv]))
+        environment["versions"] |= versions(_baselines(args.baselines) or ())
         rows = tuple(_rows(args))
     result = report.Report(**environment, seconds=time.monotonic() - start, rows=rows)
     if to_stdout:
@@ -129,6 +134,13 @@ def refuse_absent(backends: list[str]) -> None:
         raise ValueError(f"--backends: {name} cannot run here: {'; '.join(reasons)}")
 
 
+def _baselines(names: list[str] | None) -> list[str] | None:
+    """Their names in a report; None for the defaults."""
+    if names is None:
+        return None
+    return [BASELINES[name] for name in (BASELINES if "all" in names else names)]
+
+
 def _rows(args: argparse.Namespace) -> Iterator:
     import torch
 
@@ -141,7 +153,7 @@ def _rows(args: argparse.Namespace) -> Iterator:
             dtypes=[getattr(torch, name) for name in args.dtype],
             backends=list(dict.fromkeys(args.backends)),
             batches=args.batch,
-            baselines=None if args.baselines is None else [BASELINES[n] for n in args.baselines],
+            baselines=_baselines(args.baselines),
             mode=args.mode,
         )
     )
