@@ -74,7 +74,8 @@ def export_model(
     - ``torch``: what :func:`dsnet.optimize` makes of ``model``, for ``torch.export.load``, after
       ``import dsnet_kernels``, which defines the operators in it.
     - ``aoti``: the same compiled by AOTInductor, for ``torch._inductor.aoti_load_package``, after
-      the same import.
+      the same import. It reads other images than contiguous ones of this size and dtype wrongly,
+      unless the environment has ``AOTI_RUNTIME_CHECK_INPUTS=1``, with which it refuses them.
 
     The last two call the kernels that ``auto``, or the backend in force, chooses here and now: they
     run on machines that have those kernels, and on the device that ``model`` is on.

@@ -71,7 +71,8 @@ def model_row(
     contenders = [entry for entry in eager if entry.name in baselines]
     if "compile" in baselines:
         contenders.append(build("compile", "baseline"))
-    refusals = _peer_refusals(baselines, dtype, device, training)
+    named = [peer for peer in peers.PEERS if peer in baselines]
+    refusals = {} if training else {peer: peers.refusal(peer, dtype, device) for peer in named}
     onnx = cache(partial(peers.reference_onnx, name, rounded, images.shape))
     contenders += [peers.contender(peer, onnx, images) for peer, why in refusals.items() if not why]
     contenders += [build(backend, "ours") for backend in backends]
@@ -93,7 +94,7 @@ def model_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=None,
             bytes=None,
-            notes=tuple(_notes(backends, training, refusals)),
+            notes=tuple(_notes(backends, named, refusals, training)),
         )
 
 
@@ -122,25 +123,22 @@ def _with_fallback(backend: str) -> str | list[str]:
     return backend if backend in ("auto", "reference") else [backend, "reference"]
 
 
-def _peer_refusals(
-    baselines: Sequence[str], dtype: torch.dtype, device: str, training: bool
-) -> dict[str, str | None]:
-    """Why each peer among ``baselines`` takes no part, None where it does."""
-    named = [name for name in baselines if name in peers.PEERS]
-    if training:
-        return dict.fromkeys(named, "it does not train")
-    return {name: peers.refusal(name, dtype, device) for name in named}
-
-
-def _notes(backends: Sequence[str], training: bool, refusals: Mapping[str, str | None]):
+def _notes(
+    backends: Sequence[str],
+    named: Sequence[str],
+    refusals: Mapping[str, str | None],
+    training: bool,
+):
     if not training:
         yield "ours is dsnet.optimize(model) in inference"
     for backend in backends:
         if backend not in ("auto", "reference"):
             yield f"{backend}: operations without a {backend} kernel run as the reference"
-    for peer, reason in refusals.items():
-        if reason is not None:
-            yield f"{peer} is left out: {reason}"
+    for peer in named:
+        if training:
+            yield f"{peer} is left out of training"
+        elif refusals[peer] is not None:
+            yield f"{peer} is left out: {refusals[peer]}"
 
 
 def _random_state(name: str, generator: torch.Generator) -> dict[str, Tensor]:

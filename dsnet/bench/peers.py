@@ -40,12 +40,12 @@ def refusal(name: str, dtype: torch.dtype, device: str) -> str | None:
     """Why the peer ``name`` takes no part in a row, or None."""
     peer = PEERS[name]
     if torch.device(device).type != "cpu":
-        return f"runs on the CPU, not on {device}"
+        return f"it runs on the CPU, not on {device}"
     if dtype not in peer.dtypes:
         known = " and ".join(_short(each) for each in peer.dtypes)
-        return f"computes in {known} here, not in {_short(dtype)}"
+        return f"it computes in {known} here, not in {_short(dtype)}"
     try:
-        require((*EXPORT_PACKAGES, peer.package), "peers", "this baseline")
+        require((*EXPORT_PACKAGES, peer.package), "peers", "it")
     except ImportError as error:
         return str(error)
     return None
