@@ -102,10 +102,10 @@ def export_model(
         ValueError: for an unknown format or suffix, a size below 32, or a batch below 1.
     """
     path = Path(path)
-    format, kind = _format(format, path)  # noqa: A001
-    _check_arguments(model, format, kind, size, batch)
+    name, kind = _format(format, path)
+    _check_arguments(model, name, kind, size, batch)
     _check_target(path, overwrite)
-    require(kind.packages, "export", f"format {format}")
+    require(kind.packages, "export", f"format {name}")
     like = model.stages[0].embed.weight
     shape = (TRACED_BATCH if batch is None else batch, model.in_chans, *size)
     images = _random_images(shape, like)
@@ -116,7 +116,7 @@ def export_model(
             try:
                 run = kind.write(network, temporary, images, batch is None)
             except Exception as error:
-                raise ExportError(f"{path}: no {format} export: {_first_line(error)}") from error
+                raise ExportError(f"{path}: no {name} export: {_first_line(error)}") from error
             batches = CHECKED_BATCHES if batch is None else (batch,)
             worst = max(
                 _check(path, run, network, _random_images((count, *shape[1:]), like))
@@ -224,7 +224,13 @@ def _check(path: Path, run: Run, network: DSNet, images: Tensor) -> float:
     reference = _with_reference(network)
     eager = _named(network, _listed(reference(images)))
     oracle = _named(network, _listed(reference.double()(images.double())))
-    check = check_errors(_named(network, run(images)), [eager], oracle, SLACK)
+    try:
+        got = _named(network, run(images))
+    except Exception as error:
+        raise ExportError(
+            f"{path}: not written: the file fails on {len(images)} images: {_first_line(error)}"
+        ) from error
+    check = check_errors(got, [eager], oracle, SLACK)
     if not check.passed:
         problems = "; ".join(check.failures)
         raise ExportError(

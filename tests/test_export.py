@@ -156,6 +156,23 @@ def test_failing_exporter_is_told_in_a_line(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_file_that_does_not_run_does_not_appear(model, tmp_path, monkeypatch):
+    def refuse(logits):
+        if len(logits) != export.TRACED_BATCH:
+            raise RuntimeError("batch: expected 2")
+        return logits
+
+    writes(monkeypatch, refuse)
+    message = (
+        r"small\.pt2: not written: the file fails on 1 images: RuntimeError: batch: expected 2$"
+    )
+    with pytest.raises(dsnet.ExportError, match=message):
+        dsnet.export_model(model, tmp_path / "small.pt2", size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+    dsnet.export_model(model, tmp_path / "small.pt2", size=SIZE, batch=export.TRACED_BATCH)
+    assert [each.name for each in tmp_path.iterdir()] == ["small.pt2"]
+
+
 def test_absent_package_is_named_with_its_extra(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     message = r"format onnx needs onnx \(.*\): pip install 'dsnet-kernels\[export\]'"

@@ -17,6 +17,8 @@ from dsnet.model import create_model
 
 from .row import Contender
 
+EXPORT_PACKAGES = ("onnx", "onnxscript")
+
 Network = Callable[[Tensor], Tensor]
 """From float32 images to float32 logits."""
 
@@ -122,8 +124,6 @@ def _openvino(model: bytes, dtype: torch.dtype, threads: int) -> Network:
 
     return run
 
-
-EXPORT_PACKAGES = ("onnx", "onnxscript")
 
 PEERS = {
     "onnxruntime": Peer("onnxruntime", (torch.float32,), _onnxruntime),
