@@ -9,11 +9,11 @@ from dsnet.variants import Variant
 SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
 
 
-def small(cls=DSNet, dtype=torch.float64, **kwargs):
+def small(cls=DSNet, dtype=torch.float64, variant=SMALL, **kwargs):
     """A quick network with statistics away from their initial values."""
     torch.manual_seed(0)
     defaults = {"num_classes": 7} if cls is DSNet else {}
-    model = cls(SMALL, **(defaults | kwargs)).to(dtype)
+    model = cls(variant, **(defaults | kwargs)).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)

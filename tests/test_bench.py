@@ -14,7 +14,7 @@ from dsnet import cli
 from dsnet.bench import cases, models, ops, report, row, suite, table, timing
 from dsnet.bench.check import check_directions, check_errors
 from dsnet.bench.suite import Settings, tasks
-from dsnet.commands import bench
+from dsnet.commands import bench, image_size
 from dsnet_kernels import reference
 
 
@@ -246,7 +246,7 @@ def test_wrong_argument_is_named(arguments, message, capsys):
     ("text", "size"), [("224", (224, 224)), ("800x1333", (800, 1333)), ("32×64", (32, 64))]
 )
 def test_image_sizes(text, size):
-    assert bench.image_size(text) == size
+    assert image_size(text) == size
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dsnet.checkpoint import save_checkpoint
 from dsnet.data import load_image, preprocess
 from dsnet.macs import count_macs
 
-COMMANDS = ("bench", "classify", "convert", "info", "models")
+COMMANDS = ("bench", "classify", "convert", "export", "info", "models")
 RANDOM = ("--random-weights", "--size", "64")
 
 

@@ -16,6 +16,8 @@ from public_layout import public_state_dict
 import dsnet
 import dsnet_kernels
 from dsnet import cli
+from dsnet.bench.peers import PEERS
+from dsnet.commands import bench
 from dsnet.macs import count_macs
 from dsnet.variants import PUBLIC_REDUCTION, VARIANTS
 from dsnet_kernels.backends import BACKENDS, OPERATIONS
@@ -161,7 +163,7 @@ def test_public_names_exist():
 def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": public_state_dict()}, "dsnet_tiny.pth")
-    networks, optimized, checkpoints, operations = fenced(README, "python")
+    networks, optimized, checkpoints, exported, operations = fenced(README, "python")
     (shown,) = fenced(README, "text")
     names = {}
     with dsnet_kernels.backend("auto"), torch.random.fork_rng():
@@ -179,6 +181,8 @@ def test_examples_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
         exec(checkpoints, names)
         assert names["model"].global_reduction == PUBLIC_REDUCTION
         assert dsnet.load_checkpoint("dsnet_tiny", "dsnet_tiny.safetensors").num_classes == 1000
+        exec(exported, names)
+        assert names["logits"].shape == (3, 1000)
         exec(operations, names)
         assert names["y"].shape == names["x"].shape
         assert dsnet_kernels.current_backend() == ("auto",)
@@ -204,6 +208,11 @@ def test_environment_variables_are_those_that_are_read():
     # CMake reads CXX.
     shown = {name for row in table("variable") for name in re.findall(r"\w+", row[0])}
     assert shown == read | {"CXX"}
+
+
+def test_baselines_of_other_runtimes_are_named():
+    named = set(next(s for s in spans(README) if s.startswith("--baselines onnx")).split()[1:])
+    assert named == set(PEERS) < set(bench.BASELINES)
 
 
 def test_set_up_is_two_commands():

@@ -11,6 +11,7 @@ import dsnet_kernels
 from dsnet.model import create_model
 from dsnet.optimize import optimize
 
+from . import peers
 from .cases import CASES, stages
 from .check import Check, both, check_directions, check_errors
 from .ops import explain, make_inputs
@@ -61,14 +62,19 @@ def model_row(
             model = optimize(model, backend=backend)
         return _contender(variant, role, model, images, labels, chosen)
 
+    rounded = {key: _rounded(value, dtype) for key, value in state.items()}
     exact = create_model(name, device=device, dtype=torch.float64, backend="reference")
     exact.train(training)
     # The oracle starts from the weights as the others have them, rounded.
-    exact.load_state_dict({key: _rounded(value, dtype) for key, value in state.items()})
+    exact.load_state_dict(rounded)
     eager = [build(variant, "baseline") for variant in EAGER_BASELINES]
     contenders = [entry for entry in eager if entry.name in baselines]
     if "compile" in baselines:
         contenders.append(build("compile", "baseline"))
+    named = [peer for peer in peers.PEERS if peer in baselines]
+    refusals = {} if training else {peer: peers.refusal(peer, dtype, device) for peer in named}
+    onnx = cache(partial(peers.reference_onnx, name, rounded, images.shape))
+    contenders += [peers.contender(peer, onnx, images) for peer, why in refusals.items() if not why]
     contenders += [build(backend, "ours") for backend in backends]
     with torch.inference_mode(not training):
         oracle = _values(exact, exact, images.double(), labels)
@@ -88,7 +94,7 @@ def model_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=None,
             bytes=None,
-            notes=tuple(_notes(backends, training)),
+            notes=tuple(_notes(backends, named, refusals, training)),
         )
 
 
@@ -117,12 +123,22 @@ def _with_fallback(backend: str) -> str | list[str]:
     return backend if backend in ("auto", "reference") else [backend, "reference"]
 
 
-def _notes(backends: Sequence[str], training: bool):
+def _notes(
+    backends: Sequence[str],
+    named: Sequence[str],
+    refusals: Mapping[str, str | None],
+    training: bool,
+):
     if not training:
         yield "ours is dsnet.optimize(model) in inference"
     for backend in backends:
         if backend not in ("auto", "reference"):
             yield f"{backend}: operations without a {backend} kernel run as the reference"
+    for peer in named:
+        if training:
+            yield f"{peer} is left out of training"
+        elif refusals[peer] is not None:
+            yield f"{peer} is left out: {refusals[peer]}"
 
 
 def _random_state(name: str, generator: torch.Generator) -> dict[str, Tensor]:

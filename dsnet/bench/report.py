@@ -23,7 +23,8 @@ class Result:
     """One contender of a row.
 
     Args:
-        name: ``eager_nchw``, ``eager_channels_last``, ``compile``, ``copy``, or a backend's name.
+        name: ``eager_nchw``, ``eager_channels_last``, ``compile``, ``sdpa``, ``copy``, or the name
+            of a peer or a backend.
         role: ``"baseline"``, ``"ours"`` or ``"roof"``.
         median: seconds per call; None where it was not timed.
         quartiles: first and third, of the rounds.

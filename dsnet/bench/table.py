@@ -9,6 +9,8 @@ BASELINES = {
     "eager_channels_last": "eager ch-last",
     "sdpa": "SDPA",
     "compile": "compile",
+    "onnxruntime": "ONNX RT",
+    "openvino": "OpenVINO",
 }
 
 SHORT = {"reference": "ref", "forward": "fwd", "forward+backward": "fwd+bwd"}

@@ -11,6 +11,8 @@ import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 
+SMALLEST_IMAGE = 32
+
 
 def load() -> list[ModuleType]:
     """All command modules, sorted by name."""
@@ -33,3 +35,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument type: ``224`` or ``800x1333`` as (rows, columns)."""
+    parts = text.lower().replace("×", "x").split("x")
+    try:
+        lengths = tuple(int(part) for part in parts)
+    except ValueError:
+        lengths = ()
+    if len(lengths) not in (1, 2) or min(lengths) < SMALLEST_IMAGE:
+        raise argparse.ArgumentTypeError(
+            f"expected N or ROWSxCOLUMNS of at least {SMALLEST_IMAGE} pixels, got {text!r}"
+        )
+    return lengths if len(lengths) == 2 else lengths * 2

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dsnet_kernels.backends import PREFERENCE
 
 from ..variants import list_models
-from . import at_least
+from . import at_least, image_size
 
 NAME = "bench"
 HELP = "time the fused operations and the networks against the reference"
@@ -22,8 +22,9 @@ BASELINES = {
     "channels_last": "eager_channels_last",
     "compile": "compile",
     "sdpa": "sdpa",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
 }
-SMALLEST_IMAGE = 32
 ON_CPU = ("cpu", "sdpa", "reference")
 """Backends that take CPU tensors."""
 
@@ -68,10 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--baselines",
-        choices=list(BASELINES),
+        choices=[*BASELINES, "all"],
         nargs="+",
         help="the reference in these forms, each where it applies (default: the eager ones, compile"
-        " for the operations with an affine, sdpa for attention)",
+        " for the operations with an affine, sdpa for attention); onnxruntime and openvino, for a"
+        " network's inference, need the extra peers",
     )
     parser.add_argument(
         "--mode",
@@ -94,22 +96,9 @@ def cpu_backend(text: str) -> str:
     return text
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """An argument type: ``224`` or ``800x1333`` as (rows, columns)."""
-    parts = text.lower().replace("×", "x").split("x")
-    try:
-        lengths = tuple(int(part) for part in parts)
-    except ValueError:
-        lengths = ()
-    if len(lengths) not in (1, 2) or min(lengths) < SMALLEST_IMAGE:
-        raise argparse.ArgumentTypeError(
-            f"expected N or ROWSxCOLUMNS of at least {SMALLEST_IMAGE} pixels, got {text!r}"
-        )
-    return lengths if len(lengths) == 2 else lengths * 2
-
-
 def run(args: argparse.Namespace) -> int:
     from ..bench import report
+    from ..bench.peers import versions
     from ..bench.table import render
 
     refuse_absent(args.backends)
@@ -121,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     with _threads(args.threads):
         environment = report.environment(shlex.join(["dsnet", *args.argv]))
+        environment["versions"] |= versions(_baselines(args.baselines) or ())
         rows = tuple(_rows(args))
     result = report.Report(**environment, seconds=time.monotonic() - start, rows=rows)
     if to_stdout:
@@ -144,6 +134,13 @@ def refuse_absent(backends: list[str]) -> None:
         raise ValueError(f"--backends: {name} cannot run here: {'; '.join(reasons)}")
 
 
+def _baselines(names: list[str] | None) -> list[str] | None:
+    """Their names in a report; None for the defaults."""
+    if names is None:
+        return None
+    return [BASELINES[name] for name in (BASELINES if "all" in names else names)]
+
+
 def _rows(args: argparse.Namespace) -> Iterator:
     import torch
 
@@ -156,7 +153,7 @@ def _rows(args: argparse.Namespace) -> Iterator:
             dtypes=[getattr(torch, name) for name in args.dtype],
             backends=list(dict.fromkeys(args.backends)),
             batches=args.batch,
-            baselines=None if args.baselines is None else [BASELINES[n] for n in args.baselines],
+            baselines=_baselines(args.baselines),
             mode=args.mode,
         )
     )
