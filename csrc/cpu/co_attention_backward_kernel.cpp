@@ -7,6 +7,7 @@
 // Of each head a tile meets matrices E of M rows (see CoAttentionLayout): scores and dP are
 // E·tileᵀ, gradients of E are dS·tile or (P∘K)·tile, and those of the tile dSᵀ·E and (P∘K)ᵀ·E.
 #include "co_attention_backward_global.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -395,13 +396,6 @@ constexpr CoAttentionBackwardKernels kernels{
 
 }  // namespace
 
-CoAttentionBackwardKernels co_attention_backward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(CoAttentionBackwardKernels, co_attention_backward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

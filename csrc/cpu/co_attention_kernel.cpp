@@ -3,6 +3,7 @@
 // Scores lie as (global tokens, local tokens): the softmax over global tokens then runs along
 // registers' lanes side by side, that over local tokens along rows, with a running maximum and sum.
 #include "co_attention_steps.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -385,13 +386,6 @@ constexpr CoAttentionForwardKernels kernels{
 
 }  // namespace
 
-CoAttentionForwardKernels co_attention_forward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(CoAttentionForwardKernels, co_attention_forward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

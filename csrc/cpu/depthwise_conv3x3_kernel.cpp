@@ -1,5 +1,6 @@
 // Depthwise 3×3 convolution, forward and backward; compiled once per instruction set.
 #include "depthwise_conv3x3.h"
+#include "storages.h"
 #include "vec.h"
 
 // Where a call would force registers into memory.
@@ -263,22 +264,7 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-DepthwiseForwardKernel depthwise_forward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return forward<float>;
-    case Storage::bfloat16: return forward<bfloat16>;
-    case Storage::float64: return forward<double>;
-  }
-  return nullptr;
-}
-
-DepthwiseBackwardKernel depthwise_backward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return backward<float>;
-    case Storage::bfloat16: return backward<bfloat16>;
-    case Storage::float64: return backward<double>;
-  }
-  return nullptr;
-}
+DSNET_DEFINE_KERNELS(DepthwiseForwardKernel, depthwise_forward, forward)
+DSNET_DEFINE_KERNELS(DepthwiseBackwardKernel, depthwise_backward, backward)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

@@ -1,4 +1,5 @@
-// The choice among an operation's kernels, which each instruction set compiles in its namespace.
+// The choice among an operation's kernels, which each instruction set compiles in its namespace for
+// the storages of storages.h.
 #pragma once
 
 #include "capability.h"
@@ -17,6 +18,7 @@
   DSNET_KERNELS_OF(avx512, Kernels, name)
 
 #define DSNET_CHOOSE_UP_TO_AVX512(capability, storage, name)            \
+  if ((storage) == Storage::float64) return generic::name(storage);     \
   if ((capability) >= Capability::avx512) return avx512::name(storage); \
   if ((capability) == Capability::avx2) return avx2::name(storage);     \
   return generic::name(storage);
@@ -28,13 +30,15 @@
     DSNET_CHOOSE_UP_TO_AVX512(capability, storage, name) \
   }
 
-// The same for kernels that AVX-512-BF16 has of its own.
-#define DSNET_DISPATCH_BF16(Kernels, name)                                        \
-  DSNET_KERNELS_UP_TO_AVX512(Kernels, name)                                       \
-  DSNET_KERNELS_OF(avx512_bf16, Kernels, name)                                    \
-  Kernels name(Capability capability, Storage storage) {                          \
-    if (capability == Capability::avx512_bf16) return avx512_bf16::name(storage); \
-    DSNET_CHOOSE_UP_TO_AVX512(capability, storage, name)                          \
+// The same for kernels that AVX-512-BF16 has of its own, of bfloat16.
+#define DSNET_DISPATCH_BF16(Kernels, name)                                       \
+  DSNET_KERNELS_UP_TO_AVX512(Kernels, name)                                      \
+  DSNET_KERNELS_OF(avx512_bf16, Kernels, name)                                   \
+  Kernels name(Capability capability, Storage storage) {                         \
+    if (capability == Capability::avx512_bf16 && storage == Storage::bfloat16) { \
+      return avx512_bf16::name(storage);                                         \
+    }                                                                            \
+    DSNET_CHOOSE_UP_TO_AVX512(capability, storage, name)                         \
   }
 
 #else

@@ -5,6 +5,7 @@
 //   dV = (P∘K)ᵀ·dO    dP = K∘(dO·Vᵀ)    dS = P∘(dP − Σ_j P∘dP)/√d    dQ = dS·K    dK = dSᵀ·Q
 // Then over all heads dy = [dQ, dK, dV]·W, dW = [dQ, dK, dV]ᵀ·y, and the LayerNorm's gradient.
 #include "global_attention_projection.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -305,13 +306,6 @@ constexpr AttentionBackwardKernels kernels{
 
 }  // namespace
 
-AttentionBackwardKernels global_attention_backward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(AttentionBackwardKernels, global_attention_backward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

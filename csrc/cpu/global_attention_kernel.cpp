@@ -1,5 +1,6 @@
 // Global self-attention, forward; compiled once per instruction set.
 #include "global_attention_projection.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -144,13 +145,6 @@ constexpr AttentionForwardKernels kernels{pack<T>, few<T>, project<T>, attend<T>
 
 }  // namespace
 
-AttentionForwardKernels global_attention_forward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(AttentionForwardKernels, global_attention_forward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

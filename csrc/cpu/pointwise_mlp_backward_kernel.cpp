@@ -4,6 +4,7 @@
 // what the weights' gradients are products of; a second one sums those over the chunk, each task
 // for rows of its own.
 #include "pointwise_mlp_steps.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -256,13 +257,6 @@ constexpr MlpBackwardKernels kernels{
 
 }  // namespace
 
-MlpBackwardKernels pointwise_mlp_backward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(MlpBackwardKernels, pointwise_mlp_backward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

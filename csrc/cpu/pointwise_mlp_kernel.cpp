@@ -3,6 +3,7 @@
 // With many tokens a task has tokens of its own, whose hidden activations stay in its core's cache.
 // With few, threads share the tokens and each has rows of the weights, in two steps.
 #include "pointwise_mlp_steps.h"
+#include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -176,13 +177,6 @@ constexpr MlpForwardKernels kernels{
 
 }  // namespace
 
-MlpForwardKernels pointwise_mlp_forward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(MlpForwardKernels, pointwise_mlp_forward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

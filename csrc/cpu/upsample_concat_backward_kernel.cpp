@@ -8,6 +8,7 @@
 // factors are stored values. dY is a sum, which pairs would round before it is multiplied.
 #include "attention_steps.h"
 #include "scratch.h"
+#include "storages.h"
 #include "upsample_concat.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
@@ -349,13 +350,6 @@ constexpr UpsampleBackwardKernels kernels{pack<T>, local_stream<T>, global_strea
 
 }  // namespace
 
-UpsampleBackwardKernels upsample_concat_backward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(UpsampleBackwardKernels, upsample_concat_backward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH

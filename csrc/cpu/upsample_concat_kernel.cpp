@@ -4,6 +4,7 @@
 // and interpolated where a tile of the local half's products starts its sums.
 #include "attention_steps.h"
 #include "scratch.h"
+#include "storages.h"
 #include "upsample_concat.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
@@ -229,13 +230,6 @@ constexpr UpsampleForwardKernels kernels{pack<T>, mix_global<T>, mix<T>};
 
 }  // namespace
 
-UpsampleForwardKernels upsample_concat_forward(Storage storage) {
-  switch (storage) {
-    case Storage::float32: return kernels<float>;
-    case Storage::bfloat16: return kernels<bfloat16>;
-    case Storage::float64: return kernels<double>;
-  }
-  return {};
-}
+DSNET_DEFINE_KERNELS(UpsampleForwardKernels, upsample_concat_forward, kernels)
 
 }  // namespace dsnet::cpu::DSNET_CPU_ARCH
