@@ -97,8 +97,9 @@ void add_grad(const MlpBackward& args, const Acc* branch, int64_t vector) {
   Acc* sums =
       static_cast<Acc*>(args.column_sums) + vector * MlpLayout::column_sums * layout.channels;
   Acc factors[lanes];
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
     factors[i] = factor_of<T>(args.factors, args.shape, first + i);
+  }
   for_each_register<V>(C, [&](int64_t c, int64_t n) {
     const V factor = scale == nullptr ? V::fill(1) : load_part<V>(scale + c, n);
     V by_scale = V::zero(), by_shift = V::zero(), by_bias = V::zero();
