@@ -249,7 +249,8 @@ def _fused_gradients(
     launch = grad_x_launch(p)
     grad_x, sums = torch.empty_like(x), _sums(x, launch.programs, 3, p.width)
     launch(grad, grad_branch, x, *parameters, grad_x, sums, p.rows)
-    grad_fc2_bias, grad_scale, grad_shift = sums.sum(0)
+    # One sum each: an operator's outputs must not share memory.
+    grad_fc2_bias, grad_scale, grad_shift = (sums[:, i].sum(0) for i in range(3))
 
     launch, slots = grad_weights_launch(p)
     sizes = ((p.hidden, p.width), (p.hidden,), (p.width, p.hidden))
