@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "arguments.h"
 #include "capability.h"
+#include "taps.h"
 
 namespace dsnet::cpu {
 
@@ -20,25 +20,6 @@ struct UpsampleShape {
   int64_t global_rows() const { return batch * global_height; }
   int64_t global_tokens() const { return global_rows() * global_width; }
   int64_t weight_columns() const { return local_channels + global_channels; }
-};
-
-// Bilinear interpolation along one axis, align_corners=False: fine position i takes 1 − fraction of
-// the coarse position index and fraction of the next one, which is there wherever fraction > 0.
-struct Taps {
-  const int64_t* index;    // (fine), ascending
-  const double* fraction;  // (fine)
-  const int64_t* begin;    // (coarse + 1): index is j in [begin[j], begin[j + 1])
-};
-
-class Axis {
- public:
-  Axis(int64_t coarse, int64_t fine);
-  Taps taps() const { return {index_.data(), fraction_.data(), begin_.data()}; }
-
- private:
-  std::vector<int64_t> index_;
-  std::vector<double> fraction_;
-  std::vector<int64_t> begin_;
 };
 
 // How matrices lie in memory and how a call is cut into tasks; from the shape alone.
