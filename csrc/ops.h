@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_mlp
 // returns grad_x (B, C, H, W) and, in float32 or float64, those of fc1_weight (R, C), fc1_bias (R),
 // fc2_weight (C, R), fc2_bias (C), scale (C) and shift (C), given or not
 
-// A convolution whose kernel is its stride, in inference. Fused: 1 gathering of patches · 2 product ·
-// 3 bias.
+// A convolution whose kernel is its stride, in inference. Fused: 1 gathering of patches · 2 product
+// · 3 bias.
 Tensor patch_conv(
     // inputs
     const Tensor& x,       // (B, C, H, W)
@@ -176,9 +176,8 @@ Tensor patch_conv(
     int64_t patch);        // p; what is left at the ends of H and W counts for nothing
 // returns (B, O, ⌊H/p⌋, ⌊W/p⌋)
 
-Tensor patch_conv_pack(
-    const Tensor& weight,               // (O, p·p·C), a patch's pixels row by row; x's dtype
-    const std::optional<Tensor>& bias);  // (O), likewise or float32
+Tensor patch_conv_pack(const Tensor& weight,  // (O, p·p·C), a patch's pixels row by row; x's dtype
+    const std::optional<Tensor>& bias);       // (O), likewise or float32
 // returns accumulators, for the instruction set in use
 
 // A whole block in inference. Fused: the operations above, image by image.
@@ -191,8 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> ds_block(
     bool with_streams);  // return both streams as they enter the fusion
 // returns (B, C, H, W) and, with images only if asked for, (B, Cl, H, W) and (B, Cg, Hg, Wg)
 
-Tensor ds_block_pack(
-    const Tensor& x,  // gives dtype and grid
+Tensor ds_block_pack(const Tensor& x,  // gives dtype and grid
     const std::vector<Tensor>&
         parameters,  // in the order of dsnet_kernels/ds_block.py, x's dtype or float32
     const std::vector<int64_t>& sizes);

@@ -84,7 +84,8 @@ def optimize(
         if not isinstance(source, DSNet):
             return Optimized(_replaced(source, dtype, blocks, backend), original)
         classifier = folded_classifier(source, dtype)
-        return OptimizedDSNet(_replaced(source, dtype, blocks, backend), original, classifier)
+        network = _replaced(source, dtype, blocks, backend)
+        return OptimizedDSNet(network, original, classifier)
 
 
 def _check_dtype(dtype: torch.dtype, devices: set[str]) -> None:

@@ -14,15 +14,19 @@ from .version import __version__
 
 __all__ = [
     "BackendUnavailable",
+    "BlockSizes",
+    "PackedCache",
     "__version__",
     "available_backends",
     "backend",
     "co_attention",
     "current_backend",
     "depthwise_conv3x3",
+    "ds_block",
     "explain",
     "global_attention",
     "info",
+    "patch_conv",
     "pointwise_mlp",
     "upsample_concat",
 ]

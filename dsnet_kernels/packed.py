@@ -1,4 +1,4 @@
-"""Parameters packed once for many calls: when the CPU's inference operators apply, and the cache."""
+"""Parameters packed once for many calls on the CPU: when that serves, and the cache."""
 
 from collections.abc import Callable, Hashable, Sequence
 

@@ -1,7 +1,7 @@
 """A convolution whose kernel is its stride, with a packed weight: inference on the CPU.
 
-out[b, o, i, j] = bias[o] + Σ weight[o, c, u, v] · x[b, c, p·i + u, p·j + v]: a product of the patches,
-which are gathered tile by tile, and the weight, rearranged once for the instruction set in use.
+out[b, o, i, j] = bias[o] + Σ weight[o, c, u, v]·x[b, c, p·i + u, p·j + v]: a product of patches,
+which are gathered some at a time, and the weight, rearranged once for the instruction set in use.
 """
 
 import torch
@@ -25,9 +25,7 @@ def _fake(x, packed, outputs, patch):
 
 
 operators.define("patch_conv_pack", "(Tensor weight, Tensor? bias) -> Tensor", _fake_pack)
-operators.define(
-    "patch_conv", "(Tensor x, Tensor packed, int outputs, int patch) -> Tensor", _fake
-)
+operators.define("patch_conv", "(Tensor x, Tensor packed, int outputs, int patch) -> Tensor", _fake)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, cache: PackedCache) -> Tensor:

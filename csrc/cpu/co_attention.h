@@ -68,13 +68,13 @@ struct CoAttentionLayout {
 
   bool absorbed = false;
   // Row strides, in whole registers.
-  int64_t local = 0, global = 0;         // of tokens
-  int64_t dim = 0, head = 0;             // of one head's channels, and of its [Q, K, V]
-  int64_t rows = 0;                      // of a number per global token
-  int64_t inner = 0;                     // of a matrix that local tokens meet
-  int64_t depth = 0;                     // its columns that count
-  int64_t tile = 0;                      // local tokens handled together
-  int64_t chunks = 0, chunk_tokens = 0;  // of an image's local tokens
+  int64_t local = 0, global = 0;            // of tokens
+  int64_t dim = 0, head = 0;                // of one head's channels, and of its [Q, K, V]
+  int64_t rows = 0;                         // of a number per global token
+  int64_t inner = 0;                        // of a matrix that local tokens meet
+  int64_t depth = 0;                        // its columns that count
+  int64_t tile = 0;                         // local tokens handled together
+  int64_t chunks = 0, chunk_tokens = 0;     // of an image's local tokens
   int64_t row_blocks = 0, finish_rows = 0;  // tasks that follow, and their global tokens
 
   // Vectors: norm weight and bias, bias of the global output; scale, shift, bias of the local one.

@@ -269,7 +269,8 @@ inline int64_t panel_end(int64_t column, int64_t columns) {
   return column + detail::next_registers((columns - column) / V::size) * V::size;
 }
 
-// multiply_with for b in panels, of which those from column `from` up to column `to` are multiplied.
+// multiply_with for b in panels, of which those from column `from` up to column `to` are
+// multiplied.
 template <typename V, typename Product = Values, typename Begin, typename Finish,
     typename Acc = typename V::Acc>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,

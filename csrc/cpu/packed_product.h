@@ -20,22 +20,20 @@ struct WeightPacking {
 };
 
 // How a product is cut into tasks; from the shape alone: blocks of tokens and, where these are few,
-// groups of outputs, too. Tasks of the same outputs follow one another, so that a thread reads few
+// panels of outputs. Tasks of the same outputs follow one another, so that a thread reads few
 // weights.
 struct ProductTasks {
-  static constexpr int64_t tile = 7;  // tokens of a tile of sums in the widest registers
+  static constexpr int64_t tile = 7;           // tokens of a tile of sums in the widest registers
   static constexpr int64_t panel = 3 * lanes;  // its outputs
-  static constexpr int64_t wanted = 8;
+  static constexpr int64_t enough = 8;         // blocks
 
   ProductTasks(int64_t tokens, int64_t outputs, int64_t most_block = 112) {
     blocks = (tokens + most_block - 1) / most_block;
-    if (blocks < wanted) blocks += blocks % 2;
+    if (blocks < enough) blocks += blocks % 2;
     const int64_t share = blocks > 0 ? (tokens + blocks - 1) / blocks : tile;
     block = (share + tile - 1) / tile * tile;
     blocks = (tokens + block - 1) / block;
-    const int64_t panels = (padded(outputs) + panel - 1) / panel;
-    groups = blocks >= wanted || blocks == 0 ? 1 : (wanted + blocks - 1) / blocks;
-    groups = groups < panels ? groups : panels;
+    groups = blocks < enough ? (padded(outputs) + panel - 1) / panel : 1;
   }
 
   int64_t block, blocks, groups;

@@ -1,5 +1,6 @@
-// Products of tokens and a packed weight, for the instruction set of this compilation: tokens are rows
-// of the left operand, where possible as they lie, and results leave the registers as rows of tokens.
+// Products of tokens and a packed weight, for the instruction set of this compilation: tokens are
+// rows of the left operand, where possible as they lie, and results leave the registers as rows of
+// tokens.
 #pragma once
 
 #include <cstddef>

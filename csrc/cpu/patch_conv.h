@@ -32,16 +32,20 @@ struct PatchConv {
   Taps rows, columns;      // of samples; without: patches
   const void* packed;      // (depth, padded outputs) in panels
   const void* bias_row;    // (padded outputs)
+  void* gathered;          // (tokens, row()), where gathers_first()
   void* out;               // (B, H, W, O) contiguous, as stored
 
   ProductTasks tasks() const { return {shape.tokens(), shape.outputs}; }
-  int64_t scratch() const { return (tasks().block + 1) * padded(shape.depth() + 1); }
+  int64_t row() const { return padded(shape.depth() + 1); }  // of the left operand
+  int64_t scratch() const { return (tasks().block + 1) * row(); }
+  // Otherwise each task gathers its tokens' inputs.
+  bool gathers_first() const { return !is_tokens && tasks().groups > 1; }
 };
 
 struct PatchConvKernels {
-  bool pairs;                // whether products are of pairs of bfloat16
-  Step<WeightPacking> pack;  // of a register of outputs each
-  Step<PatchConv> run;
+  Step<WeightPacking> pack;
+  Step<PatchConv> gather;  // a token a task
+  Step<PatchConv> run;     // tasks()
 };
 
 PatchConvKernels patch_conv(Capability capability, Storage storage);

@@ -67,22 +67,34 @@ void take_token(const PatchConv& args, int64_t token, T* spare, Acc* row) {
 }
 
 template <typename T>
+void gather(const PatchConv& args, void* memory, int64_t begin, int64_t end) {
+  using Acc = AccumulatorOf<T>;
+  for (int64_t token = begin; token < end; ++token) {
+    take_token<T>(args, token, static_cast<T*>(memory),
+        static_cast<Acc*>(args.gathered) + token * args.row());
+  }
+}
+
+template <typename T>
 void run(const PatchConv& args, void* memory, int64_t begin, int64_t end) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
   const PatchConvShape& shape = args.shape;
   const ProductTasks tasks = args.tasks();
-  const int64_t depth = shape.depth(), columns = padded(shape.outputs);
-  const int64_t stride = padded(depth + 1);
+  const int64_t depth = shape.depth(), columns = padded(shape.outputs), stride = args.row();
   Acc* staged = static_cast<Acc*>(memory);
   T* spare = reinterpret_cast<T*>(staged + tasks.block * stride);
   const auto product = [&](int64_t first, int64_t count, int64_t from, int64_t to) {
     Matrix<const Acc> left{staged, stride};
-    if (args.is_tokens && is_left_operand<T>(depth)) {
+    if (args.gathered != nullptr) {
+      left.data = static_cast<const Acc*>(args.gathered) + first * stride;
+    } else if (args.is_tokens && is_left_operand<T>(depth)) {
       const T* tokens = static_cast<const T*>(args.x.data) + first * depth;
       left = {reinterpret_cast<const Acc*>(tokens), depth_of<T>(depth)};
     } else {
-      for (int64_t i = 0; i < count; ++i) take_token<T>(args, first + i, spare, staged + i * stride);
+      for (int64_t i = 0; i < count; ++i) {
+        take_token<T>(args, first + i, spare, staged + i * stride);
+      }
     }
     T* out = static_cast<T*>(args.out) + first * shape.outputs;
     multiply_panels<V, typename Products<T>::type>(count, columns, depth_of<T>(depth), left,
@@ -93,7 +105,7 @@ void run(const PatchConv& args, void* memory, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-constexpr PatchConvKernels kernels{Products<T>::pairs, pack_weight<T>, run<T>};
+constexpr PatchConvKernels kernels{pack_weight<T>, gather<T>, run<T>};
 
 }  // namespace
 

@@ -18,7 +18,8 @@ std::vector<std::string> step_names() {
 
 std::vector<double> step_seconds() {
   std::vector<double> seconds;
-  for (const auto& each : step_nanoseconds) seconds.push_back(1e-9 * static_cast<double>(each.load()));
+  for (const auto& each : step_nanoseconds)
+    seconds.push_back(1e-9 * static_cast<double>(each.load()));
   return seconds;
 }
 

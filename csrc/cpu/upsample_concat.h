@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "capability.h"
+#include "packed_product.h"
 #include "taps.h"
 
 namespace dsnet::cpu {
@@ -30,13 +31,15 @@ struct UpsampleLayout {
       : channels(padded(shape.channels)),
         local(padded(shape.local_channels)),
         global(padded(shape.global_channels)),
-        packs(channels / lanes),
-        global_blocks((shape.global_tokens() + block - 1) / block) {}
+        packs(channels / lanes) {}
 
   // Row strides, in whole registers.
   int64_t channels, local, global;
-  int64_t packs, global_blocks;
+  int64_t packs;
 
+  ProductTasks global_tasks(const UpsampleShape& shape) const {
+    return {shape.global_tokens(), shape.channels, block};
+  }
   int64_t scratch(const UpsampleShape& shape) const {
     const int64_t most = local > global ? local : global;
     const int64_t rows = shape.global_width * channels;
@@ -125,7 +128,7 @@ struct UpsampleBackward {
 
 struct UpsampleForwardKernels {
   Step<UpsampleForward> pack;        // layout.packs tasks
-  Step<UpsampleForward> mix_global;  // layout.global_blocks tasks
+  Step<UpsampleForward> mix_global;  // layout.global_tasks
   Step<UpsampleForward> mix;         // B · H tasks: everything else
 };
 

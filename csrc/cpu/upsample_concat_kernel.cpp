@@ -15,8 +15,8 @@ void pack(const UpsampleForward& args, void* memory, int64_t begin, int64_t end)
   const int64_t C = shape.channels, stride = shape.weight_columns(), Cl = shape.local_channels;
   pack_weight<T>({args.weight, args.bias, C, stride, 0, Cl, args.packed_local, args.bias_row},
       memory, begin, end);
-  pack_weight<T>({args.weight, args.bias, C, stride, Cl, shape.global_channels, args.packed_global,
-                     nullptr},
+  pack_weight<T>(
+      {args.weight, args.bias, C, stride, Cl, shape.global_channels, args.packed_global, nullptr},
       memory, begin, end);
 }
 
@@ -27,19 +27,27 @@ void mix_global(const UpsampleForward& args, void* memory, int64_t begin, int64_
   const UpsampleShape& shape = args.shape;
   const UpsampleLayout layout(shape);
   const int64_t Wg = shape.global_width, Hg = shape.global_height, Cg = shape.global_channels;
+  const bool are_rows = args.global.stride_column == Cg && args.global.stride_row == Wg * Cg &&
+                        args.global.stride_batch == Hg * Wg * Cg;
   Acc* staged = static_cast<Acc*>(memory);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * UpsampleLayout::block;
-    const int64_t count = smaller(UpsampleLayout::block, shape.global_tokens() - first);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (first + i) / Wg, column = (first + i) % Wg;
-      stage(pixel_of<T>(args.global, row / Hg, row % Hg, column), Cg, staged + i * layout.global);
+  const auto product = [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+    Matrix<const Acc> left{staged, layout.global};
+    if (are_rows && is_left_operand<T>(Cg)) {
+      const T* tokens = static_cast<const T*>(args.global.data) + first * Cg;
+      left = {reinterpret_cast<const Acc*>(tokens), depth_of<T>(Cg)};
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = (first + i) / Wg, column = (first + i) % Wg;
+        stage(pixel_of<T>(args.global, row / Hg, row % Hg, column), Cg, staged + i * layout.global);
+      }
     }
     Acc* mixed = static_cast<Acc*>(args.mixed) + first * layout.channels;
-    multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cg),
-        {staged, layout.global}, static_cast<const Acc*>(args.packed_global), From<V>{},
-        To<V>{{mixed, layout.channels}});
-  }
+    multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cg), left,
+        static_cast<const Acc*>(args.packed_global), From<V>{}, To<V>{{mixed, layout.channels}},
+        from, to);
+  };
+  for_each_product<V>(
+      layout.global_tasks(shape), shape.global_tokens(), layout.channels, begin, end, product);
 }
 
 // Sums of pixels [first, …) of an output row start with the bias and the interpolated global half.

@@ -28,8 +28,8 @@ struct BlockShape {
   int64_t coarse_height, coarse_width;
 
   BlockShape(int64_t image_height, int64_t image_width, const std::vector<int64_t>& sizes) {
-    check(sizes.size() == 8,
-        "sizes: expected (C, Cl, Cg, dim, heads, R, Hg, Wg), got as many as ", sizes.size());
+    check(sizes.size() == 8, "sizes: expected (C, Cl, Cg, dim, heads, R, Hg, Wg), got as many as ",
+        sizes.size());
     height = image_height;
     width = image_width;
     int64_t* const to[] = {
@@ -97,12 +97,39 @@ struct BlockPlaces {
 
 // The parameters in the order of ds_block_pack's list.
 enum Index : size_t {
-  position_weight, position_bias, split_local_weight, split_local_bias, split_global_weight,
-  split_global_bias, local_weight, local_bias, local_scale, local_shift, norm_weight, norm_bias,
-  qkv_weight, qkv_bias, global_norm_weight, global_norm_bias, local_qkv_weight, local_qkv_bias,
-  global_qkv_weight, global_qkv_bias, local_proj_weight, local_proj_bias, global_proj_weight,
-  global_proj_bias, co_scale, co_shift, fuse_weight, fuse_bias, fc1_weight, fc1_bias, fc2_weight,
-  fc2_bias, parameter_count
+  position_weight,
+  position_bias,
+  split_local_weight,
+  split_local_bias,
+  split_global_weight,
+  split_global_bias,
+  local_weight,
+  local_bias,
+  local_scale,
+  local_shift,
+  norm_weight,
+  norm_bias,
+  qkv_weight,
+  qkv_bias,
+  global_norm_weight,
+  global_norm_bias,
+  local_qkv_weight,
+  local_qkv_bias,
+  global_qkv_weight,
+  global_qkv_bias,
+  local_proj_weight,
+  local_proj_bias,
+  global_proj_weight,
+  global_proj_bias,
+  co_scale,
+  co_shift,
+  fuse_weight,
+  fuse_bias,
+  fc1_weight,
+  fc1_bias,
+  fc2_weight,
+  fc2_bias,
+  parameter_count
 };
 
 class Packing {
@@ -117,6 +144,8 @@ class Packing {
 
   Tensor run() {
     packed_ = space_.memory({places_.end});
+    // Not every value is written.
+    torch::stable::zero_(*packed_);
     depthwise(places_.position, shape_.channels, position_weight, position_bias, {}, {});
     depthwise(places_.local_conv, shape_.local, local_weight, local_bias, local_scale, local_shift);
     weight(places_.split_local, split_local_weight, split_local_bias);
@@ -133,18 +162,17 @@ class Packing {
   void check_shapes(const std::vector<Tensor>& parameters) const {
     const BlockShape& s = shape_;
     const int64_t C = s.channels, Cl = s.local, Cg = s.global, R = s.hidden;
-    const std::initializer_list<int64_t> expected[parameter_count] = {{C, 1, 3, 3}, {C}, {Cl, C, 1, 1},
-        {Cl}, {Cg, C, 1, 1}, {Cg}, {Cl, 1, 3, 3}, {Cl}, {Cl}, {Cl}, {Cg}, {Cg}, {3 * Cg, Cg}, {3 * Cg},
-        {Cg}, {Cg}, {3 * s.dim, Cl}, {3 * s.dim}, {3 * s.dim, Cg}, {3 * s.dim}, {Cl, s.dim}, {Cl},
-        {Cg, s.dim}, {Cg}, {Cl}, {Cl}, {C, C}, {C}, {R, C}, {R}, {C, R}, {C}};
+    const std::initializer_list<int64_t> expected[parameter_count] = {{C, 1, 3, 3}, {C},
+        {Cl, C, 1, 1}, {Cl}, {Cg, C, 1, 1}, {Cg}, {Cl, 1, 3, 3}, {Cl}, {Cl}, {Cl}, {Cg}, {Cg},
+        {3 * Cg, Cg}, {3 * Cg}, {Cg}, {Cg}, {3 * s.dim, Cl}, {3 * s.dim}, {3 * s.dim, Cg},
+        {3 * s.dim}, {Cl, s.dim}, {Cl}, {Cg, s.dim}, {Cg}, {Cl}, {Cl}, {C, C}, {C}, {R, C}, {R},
+        {C, R}, {C}};
     for (size_t i = 0; i < parameter_count; ++i) {
       check_shape(("parameters[" + std::to_string(i) + "]").c_str(), parameters[i], expected[i]);
     }
   }
 
-  void* at(int64_t place) const {
-    return static_cast<float*>(packed_->mutable_data_ptr()) + place;
-  }
+  void* at(int64_t place) const { return static_cast<float*>(packed_->mutable_data_ptr()) + place; }
   cpu::Parameter view(Index index) const {
     return space_.view_of("parameters", parameters_[index]);
   }
@@ -154,9 +182,8 @@ class Packing {
     const auto optional = [&](const std::optional<Index>& index) {
       return index.has_value() ? OptionalTensor(parameters_[*index]) : std::nullopt;
     };
-    const DepthwiseCoefficients rows =
-        forward_coefficients<float>(shape_.depthwise(1, channels), parameters_[weight],
-            parameters_[bias], optional(scale), optional(shift));
+    const DepthwiseCoefficients rows = forward_coefficients<float>(shape_.depthwise(1, channels),
+        parameters_[weight], parameters_[bias], optional(scale), optional(shift));
     const int64_t count = cpu::DepthwiseForward::coefficient_rows * cpu::padded(channels);
     std::copy(rows.data(), rows.data() + count, static_cast<float*>(at(place)));
   }
@@ -211,8 +238,7 @@ class Packing {
     args.bias_row = at(places_.fuse_bias);
     const cpu::UpsampleLayout layout(args.shape);
     const auto kernels = cpu::upsample_concat_forward(cpu::capability(), space_.storage);
-    space_.run(
-        kernels.pack, args, layout.scratch(args.shape), layout.packs, 4 * shape_.channels);
+    space_.run(kernels.pack, args, layout.scratch(args.shape), layout.packs, 4 * shape_.channels);
   }
 
   Workspace space_;
@@ -275,23 +301,19 @@ class Block {
     timed(Step::position, [&] { depthwise(batch, C, x, places_.position, false, position); });
     timed(Step::split_local,
         [&] { project(batch, position, places_.split_local, Cl, false, split); });
-    timed(Step::local, [&] {
-      depthwise(batch, Cl, contiguous(split, Cl), places_.local_conv, true, convolved);
-    });
+    timed(Step::local,
+        [&] { depthwise(batch, Cl, contiguous(split, Cl), places_.local_conv, true, convolved); });
     timed(Step::split_global,
         [&] { project(batch, position, places_.split_global, Cg, true, coarse); });
     timed(Step::global_attention, [&] { attention(batch, coarse, attended); });
     timed(Step::co_attention, [&] { co_attention(batch, convolved, attended, local, global); });
     void* mixed = stored(N * C);
-    timed(Step::upsample_concat,
-        [&] { upsample_concat(batch, local, global, position, mixed); });
+    timed(Step::upsample_concat, [&] { upsample_concat(batch, local, global, position, mixed); });
     timed(Step::pointwise_mlp, [&] { mlp(N, mixed, out); });
   }
 
  private:
-  void* at(int64_t place) const {
-    return static_cast<float*>(packed_.mutable_data_ptr()) + place;
-  }
+  void* at(int64_t place) const { return static_cast<float*>(packed_.mutable_data_ptr()) + place; }
   // As activations are stored.
   void* stored(int64_t count) { return space_.held({(count * bytes_ + 3) / 4}); }
   cpu::Pixels contiguous(const void* data, int64_t channels) const {
@@ -309,8 +331,9 @@ class Block {
   }
 
   // A 1×1 convolution, of the pixels or of the coarse grid's samples.
-  void project(int64_t batch, const void* x, int64_t place, int64_t outputs, bool is_sampled,
-      void* out) const {
+  void project(
+      int64_t batch, const void* x, int64_t place, int64_t outputs, bool is_sampled, void* out) {
+    Workspace::Mark mark(space_);
     const bool down = is_sampled && shape_.coarse_pixels() != shape_.pixels();
     cpu::PatchConv args{};
     args.shape = {batch, down ? shape_.coarse_height : shape_.height,
@@ -326,9 +349,7 @@ class Block {
     args.packed = weight.panels;
     args.bias_row = weight.bias_row;
     args.out = out;
-    const cpu::ProductTasks tasks = args.tasks();
-    space_.run(cpu::patch_conv(capability_, space_.storage).run, args, args.scratch(),
-        tasks.count(), tasks.block * args.shape.depth() * (outputs / tasks.groups + cpu::lanes));
+    run_patch_conv(space_, cpu::patch_conv(capability_, space_.storage), args);
   }
 
   void attention(int64_t batch, const void* x, void* out) {
@@ -363,8 +384,8 @@ class Block {
     run_co_attention(space_, cpu::co_attention_forward(capability_, space_.storage), args);
   }
 
-  void upsample_concat(int64_t batch, const void* local, const void* global, const void* residual,
-      void* out) {
+  void upsample_concat(
+      int64_t batch, const void* local, const void* global, const void* residual, void* out) {
     Workspace::Mark mark(space_);
     const int64_t Cg = shape_.global, Wg = shape_.coarse_width;
     cpu::UpsampleForward args{};
@@ -423,8 +444,8 @@ void check_dtype(const Tensor& x) {
 
 }  // namespace
 
-Tensor ds_block_pack(const Tensor& x, const std::vector<Tensor>& parameters,
-    const std::vector<int64_t>& sizes) {
+Tensor ds_block_pack(
+    const Tensor& x, const std::vector<Tensor>& parameters, const std::vector<int64_t>& sizes) {
   check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
   check_dtype(x);
   return Packing(x, BlockShape(x.size(2), x.size(3), sizes), parameters).run();

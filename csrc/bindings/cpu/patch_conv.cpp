@@ -1,6 +1,7 @@
 // Convolutions of patches on the CPU: checks, allocation, threads, registration.
 #include "cpu/patch_conv.h"
 
+#include "bindings/cpu/forward_steps.h"
 #include "bindings/cpu/packed_weight.h"
 #include "cpu/capability.h"
 
@@ -13,7 +14,9 @@ Tensor patch_conv_pack(const Tensor& weight, const OptionalTensor& bias) {
       shape_text(weight.sizes()));
   check_shape("bias", bias, {outputs});
   Workspace space("weight", weight);
-  const Tensor packed = space.memory({PackedWeight::size(outputs, depth)});
+  Tensor packed = space.memory({PackedWeight::size(outputs, depth)});
+  // Not every value is written.
+  torch::stable::zero_(packed);
   const Tensor source = as_contiguous(weight);
   const OptionalTensor bias_source = contiguous_of(bias);
   const PackedWeight place(packed.mutable_data_ptr(), space.item(), outputs);
@@ -28,8 +31,8 @@ Tensor patch_conv_pack(const Tensor& weight, const OptionalTensor& bias) {
 Tensor patch_conv(const Tensor& x, const Tensor& packed, int64_t outputs, int64_t patch) {
   check(x.dim() == 4, "x: expected shape (B, C, H, W), got ", shape_text(x.sizes()));
   check(outputs > 0, "outputs: expected at least 1, got ", outputs);
-  check(patch > 0 && x.size(2) >= patch && x.size(3) >= patch,
-      "patch: expected a side within x's ", shape_text(x.sizes()), ", got ", patch);
+  check(patch > 0 && x.size(2) >= patch && x.size(3) >= patch, "patch: expected a side within x's ",
+      shape_text(x.sizes()), ", got ", patch);
   cpu::PatchConv args{};
   args.shape = {x.size(0), x.size(2) / patch, x.size(3) / patch, x.size(1), patch, outputs};
   const int64_t depth = args.shape.depth();
@@ -50,10 +53,7 @@ Tensor patch_conv(const Tensor& x, const Tensor& packed, int64_t outputs, int64_
   args.packed = place.panels;
   args.bias_row = place.bias_row;
   args.out = out.mutable_data_ptr();
-  const auto kernels = cpu::patch_conv(cpu::capability(), space.storage);
-  const cpu::ProductTasks tasks = args.tasks();
-  space.run(kernels.run, args, args.scratch(), tasks.count(),
-      tasks.block * depth * (outputs / tasks.groups + cpu::lanes));
+  run_patch_conv(space, cpu::patch_conv(cpu::capability(), space.storage), args);
   return out;
 }
 
