@@ -5,10 +5,10 @@ can shorten.
 """
 
 import io
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..report import write_atomically
 from ..table import _digits
 from .report import Part, Profile, Side
 from .steps import BLOCK_STEPS, FUSED
@@ -29,9 +29,16 @@ COLOURS = {
 """In the order of stacking."""
 
 INK, SOFT = "#1f2328", "#57606a"
-WIDTH = 11.0
-LABELLED = 0.035
+SIZE = (9.0, 7.0)
+"""In inches; at a README's width one is about a hundred pixels."""
+LEFT = 0.08
+"""Of the axes, and of what stands above and below them."""
+
+LABELLED = 0.04
 """The least share of a bar's length that is labelled."""
+
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+"""Behind a text, where lines of the grid would cross it."""
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -67,24 +74,26 @@ def draw(profile: Profile, kind: str) -> bytes:
         # Without pyplot, whose figures belong to the process and want a screen.
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(WIDTH, 7.6), facecolor="white")
+        figure = Figure(figsize=SIZE, facecolor="white")
         grid = figure.add_gridspec(
-            2, 1, height_ratios=(1.0, 2.1), left=0.075, right=0.985, top=0.83, bottom=0.155,
-            hspace=0.42,
+            2, 1, height_ratios=(1.0, 2.1), left=LEFT, right=0.985, top=0.835, bottom=0.165,
+            hspace=0.45,
         )  # fmt: skip
         _title(figure, profile)
         _whole(figure.add_subplot(grid[0]), profile)
         _blocks(figure.add_subplot(grid[1]), profile)
         _legend(figure, profile)
         out = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {}
-        figure.savefig(out, format=kind, dpi=150, metadata={**metadata, "Title": _subject(profile)})
+        metadata = {"Title": _subject(profile)}
+        # No date and no version.
+        metadata |= {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        figure.savefig(out, format=kind, dpi=150, metadata=metadata)
     return out.getvalue()
 
 
 def write(profile: Profile, path: str) -> None:
     """Draws into ``path``, which ends in ``.svg`` or ``.png``."""
-    Path(path).write_bytes(draw(profile, path.lower().rpartition(".")[2]))
+    write_atomically(path, draw(profile, path.lower().rpartition(".")[2]))
 
 
 def _subject(profile: Profile) -> str:
@@ -94,12 +103,15 @@ def _subject(profile: Profile) -> str:
 
 
 def _title(figure: Any, profile: Profile) -> None:
-    machine = profile.machine
-    where = f"{machine['cpu']}, {machine['threads']} threads" if profile.device == "cpu" else ""
-    where = where or f"{profile.device} of a machine with {machine['cpu']}"
-    figure.text(0.075, 0.957, _subject(profile), size=14, weight="bold")
-    note = f"{where.replace(' 1 threads', ' 1 thread')} · before: {profile.before.what}"
-    figure.text(0.075, 0.925, f"{note} · after: {profile.after.what}", size=9, color=SOFT)
+    machine, before, after = profile.machine, profile.before, profile.after
+    where = machine["cpu"]
+    if profile.device == "cpu":
+        where += f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    else:
+        where = f"{profile.device} beside {where}"
+    figure.text(LEFT, 0.957, _subject(profile), size=13, weight="bold")
+    figure.text(LEFT, 0.931, where, size=8.5, color=SOFT)
+    figure.text(LEFT, 0.908, f"before: {before.what}; after: {after.what}", size=8.5, color=SOFT)
 
 
 def _whole(axes: Any, profile: Profile) -> None:
@@ -114,17 +126,17 @@ def _whole(axes: Any, profile: Profile) -> None:
                 share = width / side.seconds / 1e3
                 axes.text(
                     left + width / 2, height, f"{share:.0%}", ha="center", va="center",
-                    size=9, color=INK if name in ("head", "other") else "white",
+                    size=8.5, color=INK if name in ("head", "other") else "white",
                 )  # fmt: skip
             left += width
         _bracket(axes, side, height + 0.31)
         text = f" {_digits(left)} ms"
         if side is profile.after and profile.ratio is not None:
             text += f", {profile.ratio:.2f}× as fast"
-        axes.text(left, height, text, va="center", weight="bold")
+        axes.text(left, height, text, va="center", weight="bold", bbox=PAPER)
     axes.set_yticks((1, 0), ("before", "after"), color=INK)
     axes.set_ylim(-0.4, 1.75)
-    axes.set_xlim(0, 1.09 * longest)
+    axes.set_xlim(0, 1.1 * longest)
     axes.set_xlabel("milliseconds of a call")
     axes.set_title("Whole network", loc="left", size=11, weight="bold", pad=4)
     _clean(axes, "x")
@@ -134,8 +146,8 @@ def _bracket(axes: Any, side: Side, height: float) -> None:
     width = side.fused().seconds * 1e3
     bound = side.bound(side.fused().seconds)
     axes.plot((0, 0, width, width), (height, height + 0.08, height + 0.08, height), color=INK, lw=1)
-    text = f"with a kernel: {side.fused_share():.0%}; without it {bound:.1f}× as fast"
-    axes.text(width / 2, height + 0.12, text, ha="center", va="bottom", size=9)
+    text = f"with a kernel: {side.fused_share():.0%}; if it took no time, {bound:.1f}× as fast"
+    axes.text(width / 2, height + 0.12, text, ha="center", va="bottom", size=9, bbox=PAPER)
 
 
 def _blocks(axes: Any, profile: Profile) -> None:
@@ -154,12 +166,13 @@ def _blocks(axes: Any, profile: Profile) -> None:
                     edgecolor="white", linewidth=0.5,
                 )  # fmt: skip
                 bottom += height
-            if len(places) <= 12:
+            if len(places) <= 10:
                 axes.text(x + offset, bottom, _digits(bottom), ha="center", va="bottom", size=8)
     labels = ["{}.{}".format(*place) for place in places]
     many = len(places) > 20
     axes.set_xticks(range(len(places)), labels, color=INK, rotation=90 if many else 0)
     axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.margins(y=0.07)
     axes.set_xlabel("stage.block; left bar before, right bar after")
     axes.set_ylabel("milliseconds of a call")
     axes.set_title("Blocks", loc="left", size=11, weight="bold", pad=6)
@@ -179,18 +192,14 @@ def _legend(figure: Any, profile: Profile) -> None:
 
     shown = [name for name in COLOURS if name in profile.operations()]
     groups = (
-        ("with a kernel", [name for name in shown if name in FUSED], 0.065),
+        ("with a kernel", [name for name in shown if name in FUSED], 0.06),
         ("without", [name for name in shown if name not in FUSED], 0.025),
     )
     for title, names, height in groups:
-        figure.text(0.075, height, title, size=9, weight="bold", va="center")
+        figure.text(0.012, height, title, size=8.5, weight="bold", va="center")
         figure.legend(
-            handles=[Patch(color=COLOURS[name], label=_label(name)) for name in names],
-            loc="center left", bbox_to_anchor=(0.165, height), ncols=len(names), frameon=False,
-            fontsize=9, handlelength=1.1, handleheight=1.1, columnspacing=1.4, borderpad=0,
+            handles=[Patch(color=COLOURS[name], label=name) for name in names],
+            loc="center left", bbox_to_anchor=(0.128, height), ncols=len(names), frameon=False,
+            fontsize=8.5, handlelength=1.0, handleheight=1.0, handletextpad=0.5,
+            columnspacing=1.2, borderpad=0, borderaxespad=0,
         )  # fmt: skip
-
-
-def _label(name: str) -> str:
-    kernel = FUSED.get(name, name)
-    return name.replace("_", " ") if kernel == name or name not in FUSED else f"{name} conv 3×3"

@@ -61,7 +61,9 @@ def profile(
     labels = torch.randint(1000, (batch,), generator=generator).to(device)
 
     def build(backend: str, dtype: torch.dtype = dtype) -> nn.Module:
-        model = create_model(name, device=device, dtype=dtype, backend=backend)
+        # Without initial values, which would take longer than all else.
+        model = create_model(name, device="meta", dtype=dtype, backend=backend)
+        model.to_empty(device=device)
         # Rounded first, so that the oracle starts from the weights as the others have them.
         model.load_state_dict({key: models._rounded(v, images.dtype) for key, v in state.items()})
         return model.train(training)
@@ -87,18 +89,19 @@ def profile(
         "before": "eager PyTorch, channels_last, on the reference",
         "after": "on the kernels" if training else "dsnet.optimize",
     }
+    chosen = models.chosen_backends(name, batch, size, dtype, "auto", device)
+    backends = {"before": dict.fromkeys(chosen, "reference"), "after": chosen}
     sides = {}
     for side, watch in watches.items():
         watched = timings[f"{side}, watched"]
         # The calls before were for warming up and for finding the repeats.
         taken = watch.calls[-len(watched.seconds) * watched.repeats :]
-        backend = "reference" if side == "before" else "auto"
         sides[side] = Side(
             name=side,
             what=whats[side],
             **_timed(timings[side]),
             watched_seconds=watched.median,
-            chosen=models.chosen_backends(name, batch, size, dtype, backend, device),
+            chosen=backends[side],
             error=check.worst if side == "after" and check.worst < float("inf") else None,
             problem=_problem(check) if side == "after" else None,
             parts=_parts(taken, timings[side].median, counts[side], published),
@@ -126,14 +129,16 @@ def run(
     Without ``watch`` nothing of the profile's machinery is in it.
     """
     if watch is None:
-        model.zero_grad()
+        if labels is not None:
+            model.zero_grad()
         logits = model(images.contiguous(memory_format=torch.channels_last))
         if labels is not None:
             models._loss(logits, labels).backward()
         return
     with followed(watch), _without_graphs(model):
         watch.start()
-        model.zero_grad()
+        if labels is not None:
+            model.zero_grad()
         images = images.contiguous(memory_format=torch.channels_last)
         watch.mark(OTHER)
         logits = model(images)

@@ -63,17 +63,12 @@ def _head(profile: Profile) -> list[list[str]]:
 
 def _operations(profile: Profile) -> list[list[str]]:
     """Those with a kernel, the others, the whole."""
-
-    def row(name: str) -> Row:
-        kernel = FUSED.get(name, name)
-        label = name if kernel == name else f"{name} ({kernel})"
-        return (label, *(side.total(name) for side in profile.sides()))
-
     names = profile.operations()
-    rows = [
-        *(row(name) for name in names if name in FUSED),
+    totals = {name: tuple(side.total(name) for side in profile.sides()) for name in names}
+    rows: list[Row] = [
+        *((name, *totals[name]) for name in names if name in FUSED),
         ("with a kernel", *(side.fused() for side in profile.sides())),
-        *(row(name) for name in names if name not in FUSED),
+        *((name, *totals[name]) for name in names if name not in FUSED),
     ]
     rows.append(("whole", *(side.sum(side.parts) for side in profile.sides())))
     return [*_head(profile), *_figures(profile, rows)]
@@ -141,9 +136,10 @@ def _amdahl(profile: Profile) -> Iterable[str]:
     if profile.ratio_interval is not None:
         low, high = profile.ratio_interval
         interval = f" ({low:.2f} to {high:.2f} at 95 % confidence)"
+    yield f"It is {profile.ratio:.2f}× as fast{interval}."
     yield (
-        f"It is {profile.ratio:.2f}× as fast{interval}. They take {after.fused_share():.0%} of"
-        f" after, which without them would be {bounds['after']:.2f}× as fast."
+        f"They take {after.fused_share():.0%} of after, which without them would be"
+        f" {bounds['after']:.2f}× as fast."
     )
 
 
@@ -168,6 +164,7 @@ def _arrow(seconds: Iterable[float | None]) -> str:
 
 
 def _legend(profile: Profile) -> Iterable[str]:
+    yield "position and local are depthwise_conv3x3, split is the 1×1 convolution of both streams."
     yield "ms: share of the median call without instrumentation. share: by the medians of watched"
     yield "calls, all in turn; other belongs to no step. bound: how many times as fast without this"
     yield "part (Amdahl). ratio: before over after. MB: what the operators read and write, as if no"
