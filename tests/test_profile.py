@@ -205,9 +205,11 @@ def test_kernels_do_not_compute_more(profiled):
 
 def test_fewer_launches_and_bytes_after(profiled):
     before, after = (side.sum(side.parts) for side in profiled.sides())
-    assert before.launches > after.launches
-    assert before.bytes > after.bytes
-    if profiled.training or "cpu" not in dsnet_kernels.available_backends("co_attention"):
+    kernels = "cpu" in dsnet_kernels.available_backends("co_attention")
+    if kernels or not profiled.training:
+        assert before.launches > after.launches
+        assert before.bytes > after.bytes
+    if profiled.training or not kernels:
         return
     for name in FUSED:
         assert profiled.after.total(name).launches == BLOCKS
@@ -348,19 +350,20 @@ def quick(monkeypatch):
 
 
 def command(*arguments):
-    return cli.main(["profile", "dsnet_tiny", "--batch", "1", "--size", "64", *arguments])
+    images = ("--batch", "1", "--size", "64", "--device", "cpu")
+    return cli.main(["profile", "dsnet_tiny", *images, *arguments])
 
 
 def test_command_writes_all_it_is_asked_for(quick, capsys, tmp_path):
     file, picture = tmp_path / "tiny.json", tmp_path / "tiny.svg"
-    arguments = ("--threads", "1", "--device", "cpu", "--json", str(file), "--plot", str(picture))
+    arguments = ("--threads", "1", "--json", str(file), "--plot", str(picture))
     assert command(*arguments) == 0
     captured = capsys.readouterr()
     profile = Profile.from_json(file.read_text("utf-8"))
     assert captured.out == render(profile)
     assert captured.err == ""
     assert profile.machine["threads"] == 1
-    assert profile.command.startswith("dsnet profile dsnet_tiny --batch 1 --size 64 --threads 1")
+    assert profile.command.startswith("dsnet profile dsnet_tiny --batch 1 --size 64 --device cpu")
     assert profile.shape == (1, 3, 64, 64)
     svg = picture.read_bytes()
     assert svg == plot.draw(profile, "svg")
@@ -416,7 +419,6 @@ def test_absent_matplotlib_names_the_extra(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(package, "profile", None)
     assert command("--plot", str(tmp_path / "a.svg")) == 2
-    assert capsys.readouterr().err == (
-        "dsnet profile: --plot needs matplotlib, the extra plots:"
-        " pip install 'dsnet-kernels[plots]'\n"
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsnet profile: --plot needs matplotlib (")
+    assert line.endswith("pip install 'dsnet-kernels[plots]'")

@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "model",
+        nargs="?",
+        default="dsnet_tiny",
         choices=list_models(),
         metavar="MODEL",
-        help=", ".join(list_models()),
+        help=f"{', '.join(list_models())} (default dsnet_tiny)",
     )
     parser.add_argument(
         "--batch", type=at_least(1), default=8, metavar="N", help="images per call (default 8)"

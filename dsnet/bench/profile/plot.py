@@ -8,6 +8,8 @@ import io
 from types import ModuleType
 from typing import Any
 
+from dsnet.export import require
+
 from ..report import write_atomically
 from ..table import _digits
 from .report import Part, Profile, Side
@@ -59,12 +61,9 @@ def matplotlib() -> ModuleType:
     Raises:
         ImportError: where there is none, with what to install.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "--plot needs matplotlib, the extra plots: pip install 'dsnet-kernels[plots]'"
-        ) from error
+    require(["matplotlib"], "plots", "--plot")
+    import matplotlib
+
     return matplotlib
 
 
