@@ -150,9 +150,10 @@ def _bracket(axes: Any, side: Side, height: float) -> None:
 
 
 def _blocks(axes: Any, profile: Profile) -> None:
-    """A pair of bars for each block, and what else is in a stage's beginning and the end."""
+    """A pair of bars for each block."""
     places = profile.blocks()
     names = [name for name in COLOURS if name in BLOCK_STEPS]
+    tops = []
     for offset, side in ((-0.2, profile.before), (0.2, profile.after)):
         parts: dict[tuple, Part] = {(*part.place, part.operation): part for part in side.parts}
         for x, place in enumerate(places):
@@ -165,13 +166,14 @@ def _blocks(axes: Any, profile: Profile) -> None:
                     edgecolor="white", linewidth=0.5,
                 )  # fmt: skip
                 bottom += height
+            tops.append(bottom)
             if len(places) <= 10:
                 axes.text(x + offset, bottom, _digits(bottom), ha="center", va="bottom", size=8)
     labels = ["{}.{}".format(*place) for place in places]
     many = len(places) > 20
     axes.set_xticks(range(len(places)), labels, color=INK, rotation=90 if many else 0)
     axes.set_xlim(-0.6, len(places) - 0.4)
-    axes.margins(y=0.07)
+    axes.set_ylim(0, 1.08 * max(tops))
     axes.set_xlabel("stage.block; left bar before, right bar after")
     axes.set_ylabel("milliseconds of a call")
     axes.set_title("Blocks", loc="left", size=11, weight="bold", pad=6)
