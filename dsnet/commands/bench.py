@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not to_stdout:
         report.check_writable(args.json)
     start = time.monotonic()
-    with _threads(args.threads):
+    with threads(args.threads):
         environment = report.environment(shlex.join(["dsnet", *args.argv]))
         environment["versions"] |= versions(_baselines(args.baselines) or ())
         rows = tuple(_rows(args))
@@ -174,7 +174,8 @@ def _progress(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """Within it PyTorch has so many threads; None leaves them."""
     import torch
 
     before = torch.get_num_threads()
