@@ -15,13 +15,14 @@ struct PackedMlpShape {
   int64_t tokens;
   int64_t channels;  // C
   int64_t hidden;    // R
+  int64_t item;      // bytes of a stored value
 };
 
 // Few tokens are multiplied in two steps, between which the threads meet, so that each reads a part
 // of the weights alone; of many, a block goes through both products while it is in the cache.
 struct PackedMlpLayout {
   static constexpr int64_t few_tokens = 392;
-  static constexpr int64_t cached = 160 << 10;  // accumulators of a block, about
+  static constexpr int64_t cached = 640 << 10;  // bytes of a block, about
 
   explicit PackedMlpLayout(const PackedMlpShape& shape)
       : hidden(padded(shape.hidden)),
@@ -33,7 +34,8 @@ struct PackedMlpLayout {
   ProductTasks blocks;  // of many tokens
 
   static int64_t block_of(const PackedMlpShape& shape) {
-    const int64_t fitting = cached / (padded(shape.hidden) + 2 * padded(shape.channels));
+    const int64_t values = padded(shape.hidden) + 2 * padded(shape.channels);
+    const int64_t fitting = cached / (shape.item * values);
     return fitting < 28 ? 28 : fitting > 112 ? 112 : fitting;
   }
   int64_t scratch(const PackedMlpShape& shape) const {

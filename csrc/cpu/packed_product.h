@@ -29,7 +29,9 @@ struct ProductTasks {
 
   ProductTasks(int64_t tokens, int64_t outputs, int64_t most_block = 112) {
     blocks = (tokens + most_block - 1) / most_block;
+    // The same number for each of two threads, or of four.
     if (blocks < enough) blocks += blocks % 2;
+    if (blocks > enough && blocks < 8 * enough) blocks = (blocks + 3) / 4 * 4;
     const int64_t share = blocks > 0 ? (tokens + blocks - 1) / blocks : tile;
     block = (share + tile - 1) / tile * tile;
     blocks = (tokens + block - 1) / block;

@@ -405,7 +405,7 @@ class Block {
   void mlp(int64_t tokens, const void* x, void* out) {
     Workspace::Mark mark(space_);
     cpu::PackedMlp args{};
-    args.shape = {tokens, shape_.channels, shape_.hidden};
+    args.shape = {tokens, shape_.channels, shape_.hidden, bytes_};
     const PackedWeight fc1(at(places_.fc1), space_.item(), shape_.hidden);
     const PackedWeight fc2(at(places_.fc2), space_.item(), shape_.channels);
     args.x = x;
@@ -475,9 +475,11 @@ std::tuple<Tensor, Tensor, Tensor> ds_block(const Tensor& x, const Tensor& packe
     if (tensor.numel() == 0) return nullptr;
     return static_cast<char*>(tensor.mutable_data_ptr()) + image * size * item;
   };
+  const int64_t most = block.images_at_a_time(), parts = (batch + most - 1) / most;
+  const int64_t share = (batch + parts - 1) / parts;
   int64_t images;
   for (int64_t image = 0; image < batch; image += images) {
-    images = std::min(block.images_at_a_time(), batch - image);
+    images = std::min(share, batch - image);
     cpu::Pixels pixels = pixels_of<cpu::Pixels>(source);
     pixels.data = static_cast<const char*>(pixels.data) + image * pixels.stride_batch * item;
     block.run(pixels, images, part(out, image, shape.pixels() * shape.channels),
