@@ -13,15 +13,21 @@ import dsnet_kernels
 from dsnet import cli
 from dsnet.bench import cases, models
 from dsnet.bench import profile as package
-from dsnet.bench.profile import Part, Profile, Side, plot, render, run, steps, times
-from dsnet.bench.profile.steps import BACKWARD, BLOCK_STEPS, FORWARD, FUSED, OTHER, Step
+from dsnet.bench.profile import Part, Profile, Side, plot, render
+from dsnet.bench.profile.steps import BLOCK_STEPS, FUSED
 from dsnet.bench.report import environment
 from dsnet.macs import count_macs
 from dsnet.variants import VARIANTS
 
 TINY = VARIANTS["dsnet_tiny"]
 BLOCKS = sum(TINY.depths)
+NATIVE = "cpu" in dsnet_kernels.available_backends("co_attention")
 QUICK = {"dtype": torch.float32, "budget": 0, "rounds": (2, 2)}
+
+
+@functools.cache
+def macs_of_an_image(size):
+    return count_macs(dsnet.create_model("dsnet_tiny", device="meta").eval(), size)
 
 
 def whole(fields):
@@ -40,104 +46,16 @@ def training():
     return whole(package.profile("dsnet_tiny", batch=2, size=(64, 64), training=True, **QUICK))
 
 
-@pytest.fixture(params=["inference", "training"])
+@pytest.fixture(scope="module")
+def one_by_one():
+    """Inference whose blocks cannot be one operator."""
+    with dsnet_kernels.backend("reference"):
+        return whole(package.profile("dsnet_tiny", batch=1, size=(32, 32), training=False, **QUICK))
+
+
+@pytest.fixture(params=["inference", "one_by_one", "training"])
 def profiled(request):
     return request.getfixturevalue(request.param)
-
-
-class Recorder(steps.Watch):
-    """Every end of a step."""
-
-    def __init__(self):
-        super().__init__()
-        self.ends = []
-
-    def open(self):
-        pass
-
-    def close(self, step, phase):
-        self.ends.append((step, phase))
-
-
-def expected_steps():
-    yield OTHER
-    for stage, depth in enumerate(TINY.depths, 1):
-        yield Step("patch_embedding", stage)
-        for block in range(1, depth + 1):
-            coarse = [name for name in BLOCK_STEPS if name not in ("position", "split", "local")]
-            names = ["position", "split", "local", coarse[0], "split", *coarse[1:]]
-            # In the last stage the grids are the same.
-            yield from (Step(n, stage, block) for n in names if (n, stage) != ("downsample", 4))
-    yield steps.HEAD
-    yield OTHER
-
-
-@pytest.mark.parametrize("optimized", [False, True])
-def test_steps_come_in_the_order_of_the_network(optimized):
-    model = dsnet.create_model("dsnet_tiny", backend="reference").eval()
-    model = dsnet.optimize(model) if optimized else model
-    watch = Recorder()
-    with torch.no_grad():
-        run.run(model, torch.randn(1, 3, 32, 32), None, watch)
-    assert watch.ends == [(step, FORWARD) for step in expected_steps()]
-
-
-def test_backward_passes_every_step_of_the_forward_once():
-    model = dsnet.create_model("dsnet_tiny", backend="reference")
-    watch = Recorder()
-    run.run(model, torch.randn(2, 3, 64, 64), torch.tensor([1, 2]), watch)
-    forward = {step for step, phase in watch.ends if phase == FORWARD}
-    backward = [step for step, phase in watch.ends if phase == BACKWARD]
-    assert set(backward) == forward
-    assert backward.index(steps.HEAD) < backward.index(Step("pointwise_mlp", 4, 1))
-    assert backward.index(Step("pointwise_mlp", 1, 1)) < backward.index(Step("position", 1, 1))
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_nothing_is_left_behind():
-    functional = torch.nn.functional
-    before = [getattr(dsnet_kernels, name) for name in FUSED.values()]
-    before += [functional.conv2d, functional.interpolate]
-    model = dsnet.create_model("dsnet_tiny", backend="reference").eval()
-    with pytest.raises(ValueError, match="x: expected"):
-        run.run(model, torch.randn(1, 3, 8, 8), None, Recorder())
-    after = [getattr(dsnet_kernels, name) for name in FUSED.values()]
-    after += [functional.conv2d, functional.interpolate]
-    assert all(a is b for a, b in zip(before, after, strict=True))
-
-
-def test_watching_changes_no_result():
-    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
-    gradients = []
-    for watch in (None, Recorder(), times.Times(times.HostClock())):
-        torch.manual_seed(0)
-        model = dsnet.create_model("dsnet_tiny")
-        run.run(model, images, labels, watch)
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for other in gradients[1:]:
-        assert all(map(torch.equal, gradients[0], other))
-
-
-def test_times_are_differences_of_stamps():
-    class Clock(times.HostClock):
-        now = 0.0
-
-        def stamp(self):
-            self.now += 1.0
-            return self.now
-
-    watch = times.Times(Clock())
-    watch.start()
-    watch.mark(Step("position", 1, 1), None)
-    watch.mark(Step("split", 1, 1), None)
-    watch.mark(Step("split", 1, 1), None)
-    watch.stop()
-    (spent,) = watch.calls
-    assert spent == {
-        (Step("position", 1, 1), FORWARD): 1.0,
-        (Step("split", 1, 1), FORWARD): 2.0,
-        (OTHER, FORWARD): 1.0,
-    }
 
 
 def test_parts_add_up_to_the_whole(profiled):
@@ -168,11 +86,11 @@ def test_after_is_checked(profiled):
 
 
 def test_published_macs_are_those_of_the_counting_function(profiled):
-    model = dsnet.create_model("dsnet_tiny", device="meta").eval()
+    images, _, size, _ = profiled.shape
     passes = 3 if profiled.training else 1
     for side in profiled.sides():
         published = sum(part.published_macs for part in side.parts)
-        assert published == passes * profiled.shape[0] * count_macs(model, 64)
+        assert published == passes * images * macs_of_an_image(size)
 
 
 def test_macs_of_the_reference_are_published_but_for_the_split(inference):
@@ -205,15 +123,50 @@ def test_kernels_do_not_compute_more(profiled):
 
 def test_fewer_launches_and_bytes_after(profiled):
     before, after = (side.sum(side.parts) for side in profiled.sides())
-    kernels = "cpu" in dsnet_kernels.available_backends("co_attention")
-    if kernels or not profiled.training:
+    if NATIVE or not profiled.training:
         assert before.launches > after.launches
         assert before.bytes > after.bytes
-    if profiled.training or not kernels:
-        return
-    for name in FUSED:
-        assert profiled.after.total(name).launches == BLOCKS
-        assert profiled.before.total(name).launches > BLOCKS
+
+
+def test_after_has_the_steps_of_blocks(inference, one_by_one):
+    """Those of one operator, or of one operation after the other."""
+    assert inference.whole_blocks() is NATIVE
+    assert not one_by_one.whole_blocks()
+    for profile in (inference, one_by_one):
+        found = [(p.operation, p.place) for p in profile.after.parts if p.block]
+        inside = profile.whole_blocks()
+        expected = [name for name in BLOCK_STEPS if not (inside and name == "downsample")]
+        for place in profile.blocks():
+            # In the last stage the grids are the same.
+            names = [n for n in expected if (n, place[0]) != ("downsample", 4)]
+            assert {name for name, at in found if at == place} == {*names, *["other"] * inside}
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native libraries are not built")
+def test_a_whole_block_is_one_launch_with_the_products_of_its_steps(inference):
+    after = inference.after
+    for name in BLOCK_STEPS:
+        assert after.total(name).launches == 0
+    for place in inference.blocks():
+        (call,) = (p for p in after.parts if (p.operation, p.place) == ("other", place))
+        assert (call.launches, call.macs, call.bytes, call.published_macs) == (1, 0, 0, 0)
+    assert after.total("patch_embedding").launches == len(TINY.depths)
+    for name in ("position", "split", "local", "global_attention", "pointwise_mlp"):
+        assert after.total(name).macs == inference.before.total(name).macs
+    # Absorbed in some stages, and mixed on the coarse grid.
+    for name in ("co_attention", "upsample_concat"):
+        assert 0 < after.total(name).macs < inference.before.total(name).macs
+
+
+def test_what_has_a_kernel(inference, training):
+    around = ["patch_embedding"] if NATIVE else []
+    expected = [*BLOCK_STEPS, *around] if NATIVE else list(FUSED)
+    assert inference.fused() == expected
+    assert training.fused() == list(FUSED)
+    for profile in (inference, training):
+        for side in profile.sides():
+            total = sum(side.total(name).seconds for name in profile.fused())
+            assert side.fused().seconds == pytest.approx(total, rel=1e-9)
 
 
 @pytest.mark.gpu
@@ -230,7 +183,7 @@ def test_on_a_gpu(training):
 
 
 def test_bound_is_amdahls():
-    parts = (Part("pointwise_mlp", 1, 1, seconds=0.75), Part("head", seconds=0.25))
+    parts = (Part("pointwise_mlp", 1, 1, seconds=0.75, fused=True), Part("head", seconds=0.25))
     side = Side("before", "", 1.0, (1.0, 1.0), 1, 1, 1.0, {}, None, None, parts)
     assert side.fused_share() == 0.75
     assert side.bound(side.fused().seconds) == 4.0
@@ -242,9 +195,9 @@ def test_json_round_trip(profiled):
     assert Profile.from_json(text) == profiled
     fields = json.loads(text)
     assert fields["schema"] == "dsnet-profile"
-    with pytest.raises(ValueError, match=r"version 1, got .*, 2\)"):
-        Profile.from_json(json.dumps(fields | {"version": 2}))
-    with pytest.raises(ValueError, match="expected dsnet-profile version 1, got None"):
+    with pytest.raises(ValueError, match=r"version 2, got .*, 3\)"):
+        Profile.from_json(json.dumps(fields | {"version": 3}))
+    with pytest.raises(ValueError, match="expected dsnet-profile version 2, got None"):
         Profile.from_json("[]")
 
 

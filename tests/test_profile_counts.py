@@ -4,11 +4,16 @@ import functools
 
 import pytest
 import torch
+from small_network import randomise
 
+import dsnet
 import dsnet_kernels
 from dsnet.bench import cases
-from dsnet.bench.profile import counts
+from dsnet.bench.profile import counts, steps
+from dsnet.bench.profile.products import PRODUCTS, Count
 from dsnet.bench.profile.steps import FORWARD, FUSED, OTHER, Step
+from dsnet.optimized import OptimizedBlock
+from dsnet_kernels.co_attention import absorbs
 
 
 @pytest.mark.parametrize("case", cases.CASES[:-1], ids=lambda case: f"{case.operation}-{case.use}")
@@ -26,18 +31,81 @@ def test_products_of_kernels_against_those_of_the_reference(case):
     arguments = {**tensors, **constants, "absorbed": False}
     if case.operation == "co_attention":
         arguments["local"] = tensors["local"].flatten(2).transpose(1, 2)
-        absorbed = counts.PRODUCTS[case.operation](arguments | {"absorbed": True})
-        chosen = counts.PRODUCTS[case.operation](arguments | {"absorbed": None})
+        absorbed = PRODUCTS[case.operation](arguments | {"absorbed": True})
+        chosen = PRODUCTS[case.operation](arguments | {"absorbed": None})
         assert chosen == min(absorbed, dense)
     if case.operation == "upsample_concat":
         # The global half is mixed on its own grid.
         pixels = stage.grid[0] ** 2 - stage.global_grid[0] ** 2
         dense -= stage.batch * pixels * stage.global_channels * stage.channels
-    assert counts.PRODUCTS[case.operation](arguments) == dense
+    assert PRODUCTS[case.operation](arguments) == dense
 
 
 def test_every_operation_has_its_products():
-    assert set(counts.PRODUCTS) == set(dsnet_kernels.backends.OPERATIONS) == set(FUSED.values())
+    operations = set(dsnet_kernels.backends.OPERATIONS)
+    assert operations == set(FUSED.values())
+    packed = {"patch_conv", "ds_block"}
+    assert PRODUCTS.keys() == operations | packed | {f"{name}_pack" for name in packed}
+
+
+BLOCKS = {
+    "absorbed": ({"dim": 64, "num_heads": 1, "global_reduction": 8}, (16, 24)),
+    "projected": ({"dim": 80, "num_heads": 5, "global_reduction": 2}, (8, 6)),
+    "same grid": ({"dim": 32, "num_heads": 2, "global_reduction": 1}, (5, 5)),
+    "unequal": (
+        {
+            "dim": 43,
+            "num_heads": 2,
+            "global_reduction": 3,
+            "alpha": 16 / 43,
+            "co_attention_dim": 48,
+            "mlp_ratio": 2.3,
+        },
+        (12, 9),
+    ),
+}
+
+
+def counted(function, x):
+    """Counts of a block by operation, all of them in it."""
+    counter = counts.Counts()
+    with torch.no_grad():
+        function(x)
+        with counter, steps.followed(counter):
+            counter.start()
+            function(x)
+            counter.stop()
+    found = {step: count for (step, _), count in counter.counts.items() if step.block}
+    assert all(step.block == 1 for step in found)
+    return {step.operation: count for step, count in found.items()}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_steps_of_a_whole_block_count_as_the_operations_do(name):
+    if "cpu" not in dsnet_kernels.available_backends("co_attention"):
+        pytest.skip("the native libraries are not built")
+    sizes, grid = BLOCKS[name]
+    block = OptimizedBlock(randomise(dsnet.DSBlock(**sizes)).eval(), name)
+    x = torch.randn(3, block.dim, *grid).contiguous(memory_format=torch.channels_last)
+    inside, apart = counted(block, x), counted(block._streams, x)
+    downsample = apart.pop("downsample", None)
+    assert inside.pop("other") == Count(launches=1, ours=True)
+    assert inside.keys() == apart.keys()
+    for operation, count in inside.items():
+        assert (count.launches, count.macs) == (0, apart[operation].macs), operation
+        if operation != "split":
+            assert count.bytes == apart[operation].bytes, operation
+    assert all(apart[operation].launches == 1 for operation in FUSED)
+    # The coarse grid's samples are neither written nor read again.
+    coarse = block.global_grid(*grid)
+    samples = 4 * 3 * block.dim * coarse[0] * coarse[1]
+    separate = apart["split"].bytes
+    if downsample is not None:
+        separate += downsample.bytes - 2 * samples
+    assert inside["split"].bytes == separate
+    heads = sizes["num_heads"]
+    absorbed = absorbs(grid[0] * grid[1], coarse[0] * coarse[1], block.local_dim, heads)
+    assert absorbed is (name in ("absorbed", "unequal"))
 
 
 def test_launches_are_calls_that_write_and_bytes_what_they_touch():

@@ -1,7 +1,8 @@
 """Where a network's time goes, operation by operation, before and after.
 
 ``steps`` tells from outside which step is running, ``times`` and ``counts`` watch the steps,
-``run`` measures both sides, ``report`` is the schema, ``table`` and ``plot`` show it.
+``products`` has the arithmetic of our operators and of the steps inside of a whole block, ``run``
+measures both sides, ``report`` is the schema, ``table`` and ``plot`` show it.
 """
 
 from .report import Part, Profile, Side

@@ -1,13 +1,12 @@
 """What each step of a call launches, multiplies and moves, counted as the dispatcher sees it.
 
 MACs of PyTorch's operators are those of ``torch.utils.flop_counter``, convolutions and matrix
-products alone, those of ours by :data:`PRODUCTS`. Published MACs are the paper's equations, as
-``dsnet.macs`` counts them.
+products alone, those of ours by :data:`.products.PRODUCTS`. Published MACs are the paper's
+equations, as ``dsnet.macs`` counts them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,21 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dsnet_kernels.co_attention import absorbs
-
 from ..cases import Stage
-from .steps import FORWARD, OTHER, Step, Watch
+from .products import PRODUCTS, Count, block_counts
+from .steps import FORWARD, OTHER, WHOLE, Step, Watch
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-
-
-@dataclass
-class Count:
-    """Launches, multiply-accumulates and bytes of a step."""
-
-    launches: int = 0
-    macs: int = 0
-    bytes: int = 0
+OURS = "dsnet_kernels"
+"""The namespace of our operators."""
 
 
 class Counts(Watch, TorchDispatchMode):
@@ -38,7 +29,8 @@ class Counts(Watch, TorchDispatchMode):
 
     A launch is an operator call that writes: views and allocations are none, and an operator of
     ``dsnet_kernels`` is one. Bytes are those of the tensors that it reads and writes, each once per
-    call, as if no cache kept any.
+    call, as if no cache kept any. A whole block as one operator is a launch of the block's
+    ``other``; its products and bytes are those of the steps inside.
     """
 
     def __init__(self) -> None:
@@ -46,16 +38,19 @@ class Counts(Watch, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.counts: dict[tuple[Step, str], Count] = defaultdict(Count)
         self._pending: list[Count] = []
+        self._inside: list[tuple[str, Count]] = []
 
     def open(self) -> None:
         self._pending.clear()
+        self._inside.clear()
 
     def close(self, step: Step, phase: str) -> None:
-        total = self.counts[step, phase]
+        rest = step.outside()
         for each in self._pending:
-            total.launches += each.launches
-            total.macs += each.macs
-            total.bytes += each.bytes
+            self.counts[rest, phase].add(each)
+        for operation, count in self._inside:
+            of = step._replace(operation=operation) if step.operation == WHOLE else step
+            self.counts[of, phase].add(count)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,9 +59,15 @@ class Counts(Watch, TorchDispatchMode):
         storages = {storage for storage, *_ in read}
         written = {_identity(value) for value in _tensors(out)}
         new = any(storage not in storages for storage, *_ in written)
-        if func.overloadpacket.__name__ not in ALLOCATIONS and (new or func._schema.is_mutable):
+        if func.overloadpacket.__name__ in ALLOCATIONS or not (new or func._schema.is_mutable):
+            return out
+        if func.overloadpacket is torch.ops.dsnet_kernels.ds_block:
+            self._pending.append(Count(launches=1, ours=True))
+            self._inside += block_counts(_by_name(func, args, kwargs)).items()
+        else:
             moved = sum(size for *_, size in read | written)
-            self._pending.append(Count(1, _macs(func, args, kwargs, out), moved))
+            ours = func.namespace == OURS
+            self._pending.append(Count(1, _macs(func, args, kwargs, out), moved, ours))
         return out
 
 
@@ -83,13 +84,16 @@ def _identity(value: Tensor) -> tuple:
     return *place, elements * value.element_size()
 
 
+def _by_name(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
 def _macs(func: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> int:
-    if func.namespace == "dsnet_kernels":
+    if func.namespace == OURS:
         name = func.overloadpacket.__name__
         base = name.removesuffix("_backward")
-        names = [argument.name for argument in func._schema.arguments]
-        arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
-        forward = PRODUCTS[base.removesuffix("_triton")](arguments)
+        forward = PRODUCTS[base.removesuffix("_triton")](_by_name(func, args, kwargs))
         return forward if base == name else 2 * forward
     if func.overloadpacket is torch.ops.aten.convolution_backward:
         # Torch's own formula takes the gradient of a depthwise weight for that of a dense one.
@@ -97,50 +101,6 @@ def _macs(func: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> int:
         return sum(args[-1][:2]) * grad.numel() * weight[0].numel()
     formula = flop_registry.get(func.overloadpacket)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out) // 2
-
-
-def _depthwise(a: Mapping[str, Any]) -> int:
-    return 9 * a["x"].numel()
-
-
-def _global_attention(a: Mapping[str, Any]) -> int:
-    batch, tokens, width = a["x"].shape
-    return batch * (3 * tokens * width**2 + 2 * tokens**2 * width)
-
-
-def _co_attention(a: Mapping[str, Any]) -> int:
-    (batch, local, local_width), (_, coarse, global_width) = a["local"].shape, a["global_"].shape
-    heads, dim = a["num_heads"], a["local_proj_weight"].shape[1]
-    absorbed = a["absorbed"]
-    if absorbed is None:
-        absorbed = absorbs(local, coarse, local_width, heads)
-    macs = 4 * coarse * global_width * dim
-    if absorbed:
-        # Local tokens are queries, keys and values of each head; its projections are folded into
-        # matrices of the global tokens, four in all.
-        macs += 4 * heads * local * coarse * local_width + 4 * coarse * dim * local_width
-    else:
-        macs += 4 * local * coarse * dim + 4 * local * local_width * dim
-    return batch * macs
-
-
-def _upsample_concat(a: Mapping[str, Any]) -> int:
-    return (a["local"].numel() + a["global_"].numel()) * a["weight"].shape[0]
-
-
-def _pointwise_mlp(a: Mapping[str, Any]) -> int:
-    return 2 * a["x"].numel() * a["fc1_weight"].shape[0]
-
-
-PRODUCTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "depthwise_conv3x3": _depthwise,
-    "global_attention": _global_attention,
-    "co_attention": _co_attention,
-    "upsample_concat": _upsample_concat,
-    "pointwise_mlp": _pointwise_mlp,
-}
-"""MACs of a forward, from its arguments by name. A backward has two products for each of the
-forward's; what it computes again is not counted."""
 
 
 def published_macs(

@@ -1,7 +1,7 @@
 """A profile as a picture: stacked bars before and after, of the whole and of each block.
 
-What has a kernel stands first and in colour, the rest in grey: the grey of before is what no kernel
-can shorten.
+What has a kernel in this profile stands first and in colour, the rest in grey: the grey of before
+is what no kernel can shorten.
 """
 
 import io
@@ -13,7 +13,7 @@ from dsnet.export import require
 from ..report import write_atomically
 from ..table import _digits
 from .report import Part, Profile, Side
-from .steps import BLOCK_STEPS, FUSED
+from .table import percent
 
 COLOURS = {
     "pointwise_mlp": "#3b6fb6",
@@ -22,19 +22,29 @@ COLOURS = {
     "global_attention": "#a463a8",
     "position": "#c9a227",
     "local": "#7fb3d5",
+    "split": "#b5495b",
+    "downsample": "#e3a5ad",
+    "patch_embedding": "#6b5b95",
+}
+"""Of what has a kernel, in the order of stacking."""
+
+GREYS = {
     "split": "#57606a",
     "downsample": "#7d8590",
     "patch_embedding": "#9aa1a9",
     "head": "#b8bec5",
     "other": "#d6dade",
 }
-"""In the order of stacking."""
+"""Of what has none, stacked on top."""
 
 INK, SOFT = "#1f2328", "#57606a"
 SIZE = (9.0, 7.0)
 """In inches; at a README's width one is about a hundred pixels."""
 LEFT = 0.08
 """Of the axes, and of what stands above and below them."""
+
+IN_A_LINE = 6
+"""Operations in a line of the legend."""
 
 LABELLED = 0.04
 """The least share of a bar's length that is labelled."""
@@ -75,7 +85,7 @@ def draw(profile: Profile, kind: str) -> bytes:
 
         figure = Figure(figsize=SIZE, facecolor="white")
         grid = figure.add_gridspec(
-            2, 1, height_ratios=(1.0, 2.1), left=LEFT, right=0.985, top=0.835, bottom=0.165,
+            2, 1, height_ratios=(1.0, 2.1), left=LEFT, right=0.985, top=0.835, bottom=0.172,
             hspace=0.45,
         )  # fmt: skip
         _title(figure, profile)
@@ -113,12 +123,21 @@ def _title(figure: Any, profile: Profile) -> None:
     figure.text(LEFT, 0.908, f"before: {before.what}; after: {after.what}", size=8.5, color=SOFT)
 
 
+def _colours(profile: Profile) -> dict[str, str]:
+    """Of the operations that occur, in the order of stacking."""
+    names, fused = profile.operations(), profile.fused()
+    with_kernel = {name: colour for name, colour in COLOURS.items() if name in fused}
+    return with_kernel | {
+        name: colour for name, colour in GREYS.items() if name in names and name not in fused
+    }
+
+
 def _whole(axes: Any, profile: Profile) -> None:
     """Two bars of the whole call, with the share that has a kernel bracketed."""
     longest = max(side.seconds for side in profile.sides()) * 1e3
     for height, side in ((1, profile.before), (0, profile.after)):
         left = 0.0
-        for name, colour in COLOURS.items():
+        for name, colour in _colours(profile).items():
             width = side.total(name).seconds * 1e3
             axes.barh(height, width, left=left, height=0.5, color=colour, edgecolor="white")
             if width > LABELLED * longest:
@@ -145,14 +164,16 @@ def _bracket(axes: Any, side: Side, height: float) -> None:
     width = side.fused().seconds * 1e3
     bound = side.bound(side.fused().seconds)
     axes.plot((0, 0, width, width), (height, height + 0.08, height + 0.08, height), color=INK, lw=1)
-    text = f"with a kernel: {side.fused_share():.0%}; if it took no time, {bound:.1f}× as fast"
+    share = percent(side.fused_share())
+    text = f"with a kernel: {share}; if it took no time, {_digits(bound)}× as fast"
     axes.text(width / 2, height + 0.12, text, ha="center", va="bottom", size=9, bbox=PAPER)
 
 
 def _blocks(axes: Any, profile: Profile) -> None:
     """A pair of bars for each block."""
     places = profile.blocks()
-    names = [name for name in COLOURS if name in BLOCK_STEPS]
+    colours = _colours(profile)
+    names = [name for name in colours if name in profile.block_operations()]
     tops = []
     for offset, side in ((-0.2, profile.before), (0.2, profile.after)):
         parts: dict[tuple, Part] = {(*part.place, part.operation): part for part in side.parts}
@@ -162,7 +183,7 @@ def _blocks(axes: Any, profile: Profile) -> None:
                 part = parts.get((*place, name))
                 height = 0.0 if part is None else part.seconds * 1e3
                 axes.bar(
-                    x + offset, height, bottom=bottom, width=0.36, color=COLOURS[name],
+                    x + offset, height, bottom=bottom, width=0.36, color=colours[name],
                     edgecolor="white", linewidth=0.5,
                 )  # fmt: skip
                 bottom += height
@@ -174,7 +195,8 @@ def _blocks(axes: Any, profile: Profile) -> None:
     axes.set_xticks(range(len(places)), labels, color=INK, rotation=90 if many else 0)
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.set_ylim(0, 1.08 * max(tops))
-    axes.set_xlabel("stage.block; left bar before, right bar after")
+    note = ", whose split has the downsample in it" if profile.whole_blocks() else ""
+    axes.set_xlabel(f"stage.block; left bar before, right bar after{note}")
     axes.set_ylabel("milliseconds of a call")
     axes.set_title("Blocks", loc="left", size=11, weight="bold", pad=6)
     _clean(axes, "y")
@@ -191,15 +213,21 @@ def _clean(axes: Any, direction: str) -> None:
 def _legend(figure: Any, profile: Profile) -> None:
     from matplotlib.patches import Patch
 
-    shown = [name for name in COLOURS if name in profile.operations()]
-    groups = (
-        ("with a kernel", [name for name in shown if name in FUSED], 0.06),
-        ("without", [name for name in shown if name not in FUSED], 0.025),
-    )
-    for title, names, height in groups:
+    colours, fused = _colours(profile), profile.fused()
+    groups = {
+        "with a kernel": [name for name in colours if name in fused],
+        "without": [name for name in colours if name not in fused],
+    }
+    lines = [
+        (title if first == 0 else "", names[first : first + IN_A_LINE])
+        for title, names in groups.items()
+        for first in range(0, len(names), IN_A_LINE)
+    ]
+    for i, (title, names) in enumerate(reversed(lines)):
+        height = 0.02 + 0.03 * i
         figure.text(0.012, height, title, size=8.5, weight="bold", va="center")
         figure.legend(
-            handles=[Patch(color=COLOURS[name], label=name) for name in names],
+            handles=[Patch(color=colours[name], label=name) for name in names],
             loc="center left", bbox_to_anchor=(0.128, height), ncols=len(names), frameon=False,
             fontsize=8.5, handlelength=1.0, handleheight=1.0, handletextpad=0.5,
             columnspacing=1.2, borderpad=0, borderaxespad=0,

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .steps import AROUND, BLOCK_STEPS, FUSED
+from .steps import AROUND, BLOCK_STEPS
 
 SCHEMA = "dsnet-profile"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Part:
         macs: done.
         launches: in the profile's unit.
         published_macs: by the paper's equations, the same on both sides.
+        fused: whether it is an operation of ``dsnet_kernels``, or after ran it inside of one.
     """
 
     operation: str
@@ -36,16 +37,12 @@ class Part:
     macs: int = 0
     launches: int = 0
     published_macs: int = 0
+    fused: bool = False
 
     @property
     def place(self) -> tuple[int, int]:
         """(stage, block)."""
         return self.stage, self.block
-
-    @property
-    def fused(self) -> bool:
-        """Whether it is an operation of ``dsnet_kernels``."""
-        return self.operation in FUSED
 
 
 @dataclass(frozen=True)
@@ -83,17 +80,18 @@ class Side:
         return self.sum((each for each in self.parts if each.operation == operation), operation)
 
     def fused(self) -> Part:
-        """All operations of ``dsnet_kernels`` as one part."""
+        """All that is :attr:`Part.fused` as one part."""
         return self.sum((each for each in self.parts if each.fused), "fused")
 
     def sum(self, parts: Iterable[Part], operation: str = "") -> Part:
         """Parts added up, under one name and of no place."""
         parts = tuple(parts)
-        names = [field.name for field in dataclasses.fields(Part)][3:]
-        return Part(operation, 0, 0, *(sum(getattr(p, name) for p in parts) for name in names))
+        names = [field.name for field in dataclasses.fields(Part)][3:-1]
+        sums = (sum(getattr(part, name) for part in parts) for name in names)
+        return Part(operation, 0, 0, *sums, fused=bool(parts) and all(p.fused for p in parts))
 
     def fused_share(self) -> float:
-        """What the operations of ``dsnet_kernels`` take, over the whole."""
+        """What :meth:`fused` takes, over the whole."""
         return self.fused().seconds / self.seconds
 
     def bound(self, seconds: float) -> float:
@@ -129,6 +127,20 @@ class Profile:
         """Those that occur, in the order of the network."""
         found = {part.operation for side in self.sides() for part in side.parts}
         return [name for name in (*BLOCK_STEPS, *AROUND) if name in found]
+
+    def fused(self) -> list[str]:
+        """Those with a kernel."""
+        found = {part.operation for part in self.before.parts if part.fused}
+        return [name for name in self.operations() if name in found]
+
+    def whole_blocks(self) -> bool:
+        """Whether blocks of after ran as one operator each."""
+        return any(part.operation == "other" and part.block for part in self.after.parts)
+
+    def block_operations(self) -> list[str]:
+        """Those that occur in blocks, in the order of the network."""
+        found = {p.operation for side in self.sides() for p in side.parts if p.block}
+        return [name for name in self.operations() if name in found]
 
     def blocks(self) -> list[tuple[int, int]]:
         """(stage, block) of each block."""

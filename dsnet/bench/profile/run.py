@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ from .. import models
 from ..cases import stages
 from ..check import Check
 from ..timing import Timing, compare, measure
-from .counts import Count, Counts, Launches, published_macs
+from .counts import Counts, Launches, published_macs
+from .products import Count
 from .report import Part, Side
-from .steps import BACKWARD, FORWARD, HEAD, OTHER, Step, Watch, followed
+from .steps import BACKWARD, BLOCK_STEPS, FORWARD, FUSED, HEAD, OTHER, Step, Watch, followed
 from .times import DeviceClock, HostClock, Times
 
 BUDGET = {"inference": 9.0, "training": 34.0}
@@ -76,6 +77,9 @@ def profile(
     call = partial(run, images=images, labels=labels if training else None)
     counts = {side: count(model, call, device) for side, model in networks.items()}
     published = published_macs(reference, counts["before"], stages(name, batch, size))
+    whole = any(step.operation == OTHER.operation and step.block for step, _ in counts["after"])
+    fused = {step.operation for (step, _), each in counts["after"].items() if each.ours}
+    fused = (fused | FUSED.keys() | set(BLOCK_STEPS if whole else ())) - {OTHER.operation}
     watches = {side: Times(_clock(device)) for side in networks}
     calls: dict[str, Callable[[], object]] = {}
     for side, model in networks.items():
@@ -89,6 +93,8 @@ def profile(
         "before": "eager PyTorch, channels_last, on the reference",
         "after": "on the kernels" if training else "dsnet.optimize",
     }
+    if whole:
+        whats["after"] += ", a block as one operator"
     chosen = models.chosen_backends(name, batch, size, dtype, "auto", device)
     backends = {"before": dict.fromkeys(chosen, "reference"), "after": chosen}
     sides = {}
@@ -104,7 +110,7 @@ def profile(
             chosen=backends[side],
             error=check.worst if side == "after" and check.worst < float("inf") else None,
             problem=_problem(check) if side == "after" else None,
-            parts=_parts(taken, timings[side].median, counts[side], published),
+            parts=_parts(taken, timings[side].median, counts[side], published, fused),
         )
     ratio = None if not check.passed else compare(timings["before"], timings["after"])
     return {
@@ -204,6 +210,7 @@ def _parts(
     seconds: float,
     counts: Mapping[Key, Count],
     published: Mapping[Step, int],
+    fused: Container[str],
 ) -> tuple[Part, ...]:
     """Shares of ``seconds``, of which the parts take them in full."""
     steps = list(dict.fromkeys(step for each in calls for step, _ in each))
@@ -223,6 +230,7 @@ def _parts(
             macs=_sum(counts, step, "macs"),
             launches=_sum(counts, step, "launches"),
             published_macs=published.get(step, 0),
+            fused=step.operation in fused,
         )
         for step in dict.fromkeys(steps)
     )

@@ -7,17 +7,23 @@ runs, and only then. The order of the steps, the same in a DSBlock and in an opt
 the rest: a depthwise convolution opens a block, an MLP closes it, a convolution between two blocks
 is a patch embedding. In the backward, a node of the autograd graph belongs to the step whose
 result it was first reached from.
+
+A block that runs as one operator, ``dsnet_kernels.ds_block``, ends a single step, :data:`WHOLE`. A
+watch splits that into the steps inside, which the operator times itself, and ``other`` of the
+block: what Python does before the call, dispatch, allocation.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import dsnet_kernels
+from dsnet_kernels import native
 
 FUSED = {
     "position": "depthwise_conv3x3",
@@ -28,6 +34,21 @@ FUSED = {
     "pointwise_mlp": "pointwise_mlp",
 }
 """Steps of a block that are one operation of ``dsnet_kernels``, and which."""
+
+WHOLE = "ds_block"
+"""A whole block that ran as one operator."""
+
+INSIDE = {
+    "position": "position",
+    "split_local": "split",
+    "local": "local",
+    "split_global": "split",
+    "global_attention": "global_attention",
+    "co_attention": "co_attention",
+    "upsample_concat": "upsample_concat",
+    "pointwise_mlp": "pointwise_mlp",
+}
+"""The steps that the operator times, and their names here; ``split_global`` downsamples, too."""
 
 BLOCK_STEPS = (
     "position",
@@ -42,7 +63,8 @@ BLOCK_STEPS = (
 """The steps of a block in their order."""
 
 AROUND = ("patch_embedding", "head", "other")
-"""The rest of a network; ``other`` is what belongs to no step, such as the loss."""
+"""The rest of a network; ``other`` is what belongs to no step, such as the loss; in a block, what
+is outside of the steps of its operator."""
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -53,6 +75,10 @@ class Step(NamedTuple):
     operation: str
     stage: int = 0
     block: int = 0
+
+    def outside(self) -> "Step":
+        """Of a whole block what is not in its steps, and any other step as it is."""
+        return self._replace(operation="other") if self.operation == WHOLE else self
 
 
 HEAD, OTHER = Step("head"), Step("other")
@@ -119,9 +145,12 @@ class _Order:
         self.nested = False
 
     def after(self, function: str) -> Step:
-        if function == "conv2d" and not self.inside:
+        if function == "patch_conv" or (function == "conv2d" and not self.inside):
             self.stage, self.block = self.stage + 1, 0
             return Step("patch_embedding", self.stage)
+        if function == WHOLE:
+            self.block += 1
+            return Step(WHOLE, self.stage, self.block)
         if function == "depthwise_conv3x3" and not self.inside:
             self.inside, self.block = True, self.block + 1
             return Step("position", self.stage, self.block)
@@ -135,20 +164,42 @@ class _Order:
 def followed(watch: Watch) -> Iterator[None]:
     """Within it every step of one forward of one network ends with ``watch.mark``.
 
-    The functions are replaced for the whole process: nothing else may run a network meanwhile.
+    The functions are replaced for the whole process, and operators time their steps, from zero:
+    nothing else may run a network meanwhile.
     """
     order = _Order()
-    functional = torch.nn.functional
-    places = [(dsnet_kernels, name) for name in dict.fromkeys(FUSED.values())]
-    places += [(functional, "conv2d"), (functional, "interpolate")]
-    originals = [(module, name, getattr(module, name)) for module, name in places]
+    originals = [(module, name, getattr(module, name)) for module, name in watched_functions()]
+    library, _ = native.introspection()
     try:
         for module, name, function in originals:
             setattr(module, name, _marking(function, name, order, watch))
+        if library is not None:
+            library.watch_block_steps(True)
         yield
     finally:
+        if library is not None:
+            library.watch_block_steps(False)
         for module, name, function in originals:
             setattr(module, name, function)
+
+
+def watched_functions() -> list[tuple[ModuleType, str]]:
+    """The functions at whose return steps end."""
+    ours = [*dict.fromkeys(FUSED.values()), WHOLE, "patch_conv"]
+    functional = torch.nn.functional
+    places = [(dsnet_kernels, name) for name in ours]
+    return [*places, (functional, "conv2d"), (functional, "interpolate")]
+
+
+def seconds_inside() -> dict[str, float]:
+    """Seconds of the steps inside of whole blocks since :func:`followed` began, by operation."""
+    library, reason = native.introspection()
+    if library is None:
+        raise RuntimeError(f"profile: no clock of the steps of {WHOLE}: {reason}")
+    seconds: dict[str, float] = {}
+    for name, value in library.block_step_seconds():
+        seconds[INSIDE[name]] = seconds.get(INSIDE[name], 0.0) + value
+    return seconds
 
 
 def _marking(function: Callable, name: str, order: _Order, watch: Watch) -> Callable:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 from ..table import _aligned, _by_backend, _digits, _heading
 from .report import Part, Profile, Side
-from .steps import BLOCK_STEPS, FUSED
 
 SHORT = {
     "downsample": "down",
@@ -63,12 +62,12 @@ def _head(profile: Profile) -> list[list[str]]:
 
 def _operations(profile: Profile) -> list[list[str]]:
     """Those with a kernel, the others, the whole."""
-    names = profile.operations()
+    names, fused = profile.operations(), profile.fused()
     totals = {name: tuple(side.total(name) for side in profile.sides()) for name in names}
     rows: list[Row] = [
-        *((name, *totals[name]) for name in names if name in FUSED),
+        *((name, *totals[name]) for name in fused),
         ("with a kernel", *(side.fused() for side in profile.sides())),
-        *((name, *totals[name]) for name in names if name not in FUSED),
+        *((name, *totals[name]) for name in names if name not in fused),
     ]
     rows.append(("whole", *(side.sum(side.parts) for side in profile.sides())))
     return [*_head(profile), *_figures(profile, rows)]
@@ -80,7 +79,13 @@ def _each(profile: Profile) -> Iterable[Row]:
         {(part.stage, part.block, part.operation): part for part in side.parts}
         for side in profile.sides()
     ]
-    for place in dict.fromkeys([*sides[0], *sides[1]]):
+    places = list(sides[0])
+    for place in sides[1]:
+        if place not in places:
+            # Behind the others of its block.
+            last = max((i for i, each in enumerate(places) if each[:2] == place[:2]), default=-1)
+            places.insert(last + 1, place)
+    for place in places:
         stage, block, operation = place
         where = f"{stage}.{block} " if block else f"{stage} " if stage else ""
         absent = Part(operation, stage, block)
@@ -94,25 +99,37 @@ def _figures(profile: Profile, rows: Iterable[Row]) -> Iterable[list[str]]:
         for side, part in zip(profile.sides(), parts, strict=True):
             cells += _times(side, part, profile.training)
         cells.append(_ratio(profile, before, after))
-        cells += [_digits(part.bytes / 1e6) for part in parts]
+        cells += ["-" if _absent(part) else _digits(part.bytes / 1e6) for part in parts]
         cells += [_millions(n) for n in (before.published_macs, before.macs, after.macs)]
-        cells += [str(part.launches) for part in parts]
+        cells += ["-" if _absent(part) else str(part.launches) for part in parts]
         yield cells
 
 
 def _times(side: Side, part: Part, training: bool) -> list[str]:
+    if _absent(part):
+        return ["-"] * (4 if training else 3)
     share = part.seconds / side.seconds
     bound = side.bound(part.seconds)
-    cells = [_digits(part.seconds * 1e3), f"{share:.0%}"]
+    cells = [_digits(part.seconds * 1e3), percent(share)]
     cells.append("-" if share > 0.999 else f"{bound:.2f}×")
     if training:
         cells.append(f"{part.backward_seconds / part.seconds:.0%}" if part.seconds else "-")
     return cells
 
 
+def percent(share: float) -> str:
+    """In whole numbers, but 100 for the whole alone."""
+    return f"{share:.1%}" if 0.995 <= share < 0.9995 else f"{share:.0%}"
+
+
+def _absent(part: Part) -> bool:
+    """Whether a side does not have this part, or has it inside of another."""
+    return part == Part(part.operation, *part.place)
+
+
 def _ratio(profile: Profile, before: Part, after: Part) -> str:
     """Of times that count; of the whole, as the rounds in pairs have it."""
-    if profile.failed() or not after.seconds:
+    if profile.failed() or not before.seconds or not after.seconds:
         return "-"
     whole = not before.operation
     return f"{profile.ratio if whole else before.seconds / after.seconds:.2f}×"
@@ -126,8 +143,8 @@ def _amdahl(profile: Profile) -> Iterable[str]:
     before, after = profile.sides()
     bounds = {side.name: side.bound(side.fused().seconds) for side in (before, after)}
     yield (
-        f"Operations with a kernel take {before.fused_share():.0%} of before: if they took nothing,"
-        f" the whole would be {bounds['before']:.2f}× as fast."
+        f"Operations with a kernel take {percent(before.fused_share())} of before: without them"
+        f" it would be {bounds['before']:.2f}× as fast."
     )
     if profile.failed():
         yield "After failed its check, so that it is not compared."
@@ -138,14 +155,14 @@ def _amdahl(profile: Profile) -> Iterable[str]:
         interval = f" ({low:.2f} to {high:.2f} at 95 % confidence)"
     yield f"It is {profile.ratio:.2f}× as fast{interval}."
     yield (
-        f"They take {after.fused_share():.0%} of after, which without them would be"
+        f"They take {percent(after.fused_share())} of after, which without them would be"
         f" {bounds['after']:.2f}× as fast."
     )
 
 
 def _by_block(profile: Profile) -> list[list[str]]:
     """ms before → after of the steps of each block."""
-    steps = [name for name in BLOCK_STEPS if name in profile.operations()]
+    steps = profile.block_operations()
     rows = [["block", "", *(SHORT.get(name, name) for name in steps), "all, ms"]]
     for place in profile.blocks():
         sides = [
@@ -165,6 +182,10 @@ def _arrow(seconds: Iterable[float | None]) -> str:
 
 def _legend(profile: Profile) -> Iterable[str]:
     yield "position and local are depthwise_conv3x3, split is the 1×1 convolution of both streams."
+    if profile.whole_blocks():
+        yield "After runs a block as one operator, which times its steps itself; split has the"
+        yield "downsample in it. The call is counted in other, with what is outside of the steps:"
+        yield "dispatch and allocation. MB of the steps is by formula, as if each were an operator."
     yield "ms: share of the median call without instrumentation. share: by the medians of watched"
     yield "calls, all in turn; other belongs to no step. bound: how many times as fast without this"
     yield "part (Amdahl). ratio: before over after. MB: what the operators read and write, as if no"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .steps import Step, Watch
+from .steps import WHOLE, Step, Watch, seconds_inside
 
 
 class HostClock:
@@ -40,6 +40,8 @@ class DeviceClock:
 class Times(Watch):
     """Seconds by (step, phase) of every call watched; looking for nodes of the graph is left out.
 
+    Of a whole block the steps inside have what the operator's own clock says, ``other`` the rest.
+
     Args:
         clock: :class:`HostClock`, or :class:`DeviceClock` for networks on a GPU.
     """
@@ -49,18 +51,31 @@ class Times(Watch):
         self.clock = clock
         self.calls: list[dict[tuple[Step, str], float]] = []
         self._pieces: list[tuple[tuple[Step, str], Any, Any]] = []
+        self._inside: list[dict[str, float]] = []
 
     def open(self) -> None:
         self._since = self.clock.stamp()
 
     def close(self, step: Step, phase: str) -> None:
         self._pieces.append(((step, phase), self._since, self.clock.stamp()))
+        if step.operation == WHOLE:
+            self._inside.append(seconds_inside())
 
     def stop(self) -> None:
         super().stop()
         self.clock.settle()
         spent: dict[tuple[Step, str], float] = defaultdict(float)
-        for key, first, second in self._pieces:
-            spent[key] += self.clock.seconds(first, second)
+        readings, before = iter(self._inside), {}
+        for (step, phase), first, second in self._pieces:
+            rest = self.clock.seconds(first, second)
+            if step.operation == WHOLE:
+                after = next(readings)
+                for operation, seconds in after.items():
+                    inside = seconds - before.get(operation, 0.0)
+                    spent[step._replace(operation=operation), phase] += inside
+                    rest -= inside
+                before = after
+            spent[step.outside(), phase] += rest
         self.calls.append(dict(spent))
         self._pieces.clear()
+        self._inside.clear()
