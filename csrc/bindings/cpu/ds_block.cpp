@@ -271,12 +271,6 @@ class Block {
         torch::headeronly::toString(packed.scalar_type()));
   }
 
-  // Images of which everything between the steps stays in the second-level caches.
-  int64_t images_at_a_time() const {
-    constexpr int64_t cached = 1 << 20;
-    return std::max<int64_t>(1, cached / (bytes_ * shape_.pixels() * shape_.channels));
-  }
-
   struct Streams {
     void *local, *global;  // both may be null
   };
@@ -437,6 +431,15 @@ class Block {
   cpu::Axis down_rows_, down_columns_, up_rows_, up_columns_;
 };
 
+// Images of which what lies between the steps stays in a second-level cache, or nearly.
+int64_t images_at_a_time(const BlockShape& shape, int64_t batch, int64_t item) {
+  constexpr int64_t cached = 1 << 20;
+  const int64_t fitting = cached / (item * shape.pixels() * shape.channels);
+  const int64_t most = std::max<int64_t>(1, batch < 4 ? fitting : std::min(fitting, batch / 2));
+  const int64_t parts = (batch + most - 1) / most;
+  return (batch + parts - 1) / parts;
+}
+
 void check_dtype(const Tensor& x) {
   check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
       "x: expected float32 or bfloat16, got ", torch::headeronly::toString(x.scalar_type()));
@@ -468,23 +471,31 @@ std::tuple<Tensor, Tensor, Tensor> ds_block(const Tensor& x, const Tensor& packe
   const Tensor global = empty(streams, shape.global, shape.coarse_height, shape.coarse_width);
   if (batch == 0) return {out, local, global};
 
-  Block block(x, shape, packed, attention_eps, co_attention_eps);
   const Tensor source = with_adjacent_channels(x);
   const int64_t item = x.scalar_type() == ScalarType::Float ? 4 : 2;
   const auto part = [&](const Tensor& tensor, int64_t image, int64_t size) -> void* {
     if (tensor.numel() == 0) return nullptr;
     return static_cast<char*>(tensor.mutable_data_ptr()) + image * size * item;
   };
-  const int64_t most = block.images_at_a_time(), parts = (batch + most - 1) / most;
-  const int64_t share = (batch + parts - 1) / parts;
-  int64_t images;
-  for (int64_t image = 0; image < batch; image += images) {
-    images = std::min(share, batch - image);
-    cpu::Pixels pixels = pixels_of<cpu::Pixels>(source);
-    pixels.data = static_cast<const char*>(pixels.data) + image * pixels.stride_batch * item;
-    block.run(pixels, images, part(out, image, shape.pixels() * shape.channels),
-        {part(local, image, shape.pixels() * shape.local),
-            part(global, image, shape.coarse_pixels() * shape.global)});
+  const int64_t share = images_at_a_time(shape, batch, item), parts = (batch + share - 1) / share;
+  const auto run = [&](int64_t begin, int64_t end) {
+    Block block(x, shape, packed, attention_eps, co_attention_eps);
+    for (int64_t image = begin * share; image < std::min(end * share, batch); image += share) {
+      cpu::Pixels pixels = pixels_of<cpu::Pixels>(source);
+      pixels.data = static_cast<const char*>(pixels.data) + image * pixels.stride_batch * item;
+      block.run(pixels, std::min(share, batch - image),
+          part(out, image, shape.pixels() * shape.channels),
+          {part(local, image, shape.pixels() * shape.local),
+              part(global, image, shape.coarse_pixels() * shape.global)});
+    }
+  };
+  // Threads take parts of their own or, as where steps are timed, share those of one after the
+  // other.
+  const bool timed = cpu::steps_are_watched.load();
+  if (!timed && parts % torch::stable::get_num_threads() == 0) {
+    torch::stable::parallel_for(0, parts, 1, run);
+  } else {
+    run(0, parts);
   }
   return {out, local, global};
 }
