@@ -11,7 +11,7 @@ import torch
 
 import dsnet_kernels
 from dsnet import cli
-from dsnet.bench import cases, models, ops, report, row, suite, table, timing
+from dsnet.bench import cases, models, ops, report, roofs, row, session, suite, table, timing
 from dsnet.bench.check import check_directions, check_errors
 from dsnet.bench.suite import Settings, tasks
 from dsnet.commands import bench, image_size
@@ -183,7 +183,7 @@ def test_report_survives_json():
 
 @pytest.mark.parametrize("text", ['{"schema": "other", "version": 1}', '{"version": 99}', "[]"])
 def test_foreign_report_is_refused(text):
-    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1"):
+    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1 or 2"):
         report.Report.from_json(text)
 
 
@@ -253,13 +253,13 @@ def test_image_sizes(text, size):
     ("path", "message"), [("no/file", "no such folder"), (".", "got the fold")]
 )
 def test_unwritable_result_is_refused_before_measuring(path, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(session, "take", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(ValueError, match=f"--json: .*{message}"):
         bench.run(parse("--json", str(tmp_path / path)))
 
 
 def test_empty_name_of_the_result_is_refused(monkeypatch):
-    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(session, "take", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(ValueError, match="--json: expected a file or -, got ''"):
         bench.run(parse("--json", ""))
 
@@ -297,6 +297,8 @@ def quick(monkeypatch):
     """As few and as short samples as there can be."""
     monkeypatch.setattr(ops, "BUDGET", 0.0)
     monkeypatch.setattr(suite, "DETECTION_BUDGET", 0.0)
+    monkeypatch.setattr(roofs, "BUDGET", 0.0)
+    monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
     shortest = functools.partial(timing.measure, min_sample=1e-4, rounds=(1, 1))
     monkeypatch.setattr(row, "measure", shortest)

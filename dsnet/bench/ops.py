@@ -196,6 +196,7 @@ def op_row(
             flops=flops,
             bytes=moved,
             notes=_notes(case, inputs, backends),
+            image=stage.image,
         )
 
 
