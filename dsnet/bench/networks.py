@@ -88,6 +88,16 @@ class Problem:
         return values(exact, exact, self.images.double(), self.labels)
 
 
+def eager_values(problem: Problem) -> list[dict[str, Tensor]]:
+    """Of the reference in either layout, whose errors are the yardstick."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = problem.network("reference").to(memory_format=layout)
+        images = problem.images.contiguous(memory_format=layout)
+        found.append(values(model, model, images, problem.labels))
+    return found
+
+
 def named(outputs: Outputs) -> dict[str, Tensor]:
     """``logits``, or ``map0``, ``map1``, … of a backbone."""
     if isinstance(outputs, Tensor):

@@ -256,13 +256,13 @@ def check_writable(path: str | os.PathLike) -> None:
         raise ValueError(f"--json: cannot write into {target.parent}")
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """``path`` holds either its old content or all of ``text``, whatever happens meanwhile."""
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """``path`` holds either its old content or all of the new, whatever happens meanwhile."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

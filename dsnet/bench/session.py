@@ -67,13 +67,13 @@ def check_target(path: str | None) -> None:
 def _run(tasks: Sequence[Task]) -> Iterator[Row]:
     try:
         for index, task in enumerate(tasks):
-            _progress(f"[{index + 1}/{len(tasks)}] {task.title}")
+            progress(f"[{index + 1}/{len(tasks)}] {task.title}")
             yield task.run()
     finally:
-        _progress("")
+        progress("")
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
     """Replaces the last line on a terminal; says nothing elsewhere."""
     if sys.stderr.isatty():
         # The escape sequence clears the rest of the line.

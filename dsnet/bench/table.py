@@ -26,7 +26,8 @@ ROOF_LEGEND = (
     *LEGEND[:1],
     "over ours; ~: no difference at 95 % confidence. GB/s by formula. of roof: the least time over",
     "ours: that of the bytes at a copy's rate (m; a cache serves small ones) or that of the FLOPs",
-    "at a matrix product's (a), whichever is longer. check: error over what is allowed.",
+    "at a matrix product's (a; the equations' FLOPs, of which ours saves some), the longer one.",
+    "check: error over what is allowed.",
 )
 
 MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
@@ -38,7 +39,7 @@ def render(report: Report) -> str:
     for rows in grouped(report.rows):
         lines += ["", title(rows)]
         lines += [f"  {use}" for use in uses(rows)]
-        lines += _aligned(cells(rows, report))
+        lines += aligned(cells(rows, report))
         lines += [f"  {line}" for line in remarks(rows)]
     lines += ["", *legend(report)]
     return "\n".join(lines) + "\n"
@@ -46,7 +47,8 @@ def render(report: Report) -> str:
 
 def title(rows: Sequence[Row]) -> str:
     """Of a table of :func:`grouped` rows."""
-    return f"{rows[0].subject}, {rows[0].dtype}"
+    series = f", by {rows[0].series}" if rows[0].series else ""
+    return f"{rows[0].subject}, {rows[0].dtype}{series}"
 
 
 def uses(rows: Sequence[Row]) -> list[str]:
@@ -86,10 +88,10 @@ def _roof(roof: Roof) -> str:
 
 
 def grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
-    """Those of a table each: of one operation or network in one dtype."""
+    """Those of a table each: of one operation or network in one dtype, and one series."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.kind, row.subject, row.dtype), []).append(row)
+        groups.setdefault((row.kind, row.subject, row.dtype, row.series), []).append(row)
     return groups.values()
 
 
@@ -126,19 +128,25 @@ def _of_roof(row: Row, result: Result, report: Report) -> str:
 def _model_table(rows: Sequence[Row]) -> list[list[str]]:
     names = _baselines(rows)
     head = ["work", "images", *(BASELINES[name] for name in names)]
-    table = [[*head, "ours", "backend", "vs best", "images/s", "check"]]
+    memory = any(map(_has_memory, rows))
+    columns = ["MB best", "ours"] if memory else []
+    table = [[*head, "ours", "backend", "vs best", *columns, "images/s", "check"]]
     for row in rows:
+        work = "backbone" if row.use == "backbone" else row.work
+        threads = f", {row.threads} threads" if row.threads else ""
         for result in row.ours():
             rate = "-" if result.problem else f"{row.shape[0] / result.median:.1f}"
+            peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
             times = _times(row, names, result)
-            table.append([row.work, _shape(row), *times, rate, _check(result)])
+            shape = f"{_shape(row)}{threads}"
+            table.append([work, shape, *times, *peaks, rate, _check(result)])
     return table
 
 
 def _times(row: Row, names: Sequence[str], ours: Result) -> list[str]:
     """Baselines, ours, its backend, the ratio."""
-    baselines = [_time(row.result(name), row.best == name) for name in names]
-    return [*baselines, _time(ours), _backend(ours), _ratio(ours)]
+    baselines = [time_of(row.result(name), row.best == name) for name in names]
+    return [*baselines, time_of(ours), _backend(ours), _ratio(ours)]
 
 
 def _baselines(rows: Sequence[Row]) -> list[str]:
@@ -149,7 +157,8 @@ def _shape(row: Row) -> str:
     return "×".join(str(length) for length in row.shape)
 
 
-def _time(result: Result | None, best: bool = False) -> str:
+def time_of(result: Result | None, best: bool = False) -> str:
+    """Milliseconds and their spread, a star behind that of the best baseline."""
     if result is None:
         return "-"
     if result.median is None:
@@ -195,7 +204,8 @@ def _check(result: Result) -> str:
     return f"{result.error:.2f}"
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the columns below each other, the first two to the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
     for cells in table:

@@ -55,8 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_measurement(parser: argparse.ArgumentParser) -> None:
-    """What every command that measures takes: inputs, threads, contenders, where results go."""
+def add_measurement(
+    parser: argparse.ArgumentParser, baselines: Sequence[str] = ("--baselines",)
+) -> None:
+    """What every command that measures takes: inputs, threads, contenders, where results go.
+
+    Args:
+        parser: takes the arguments.
+        baselines: how the option that names them is called.
+    """
     parser.add_argument(
         "--batch",
         type=at_least(1),
@@ -83,7 +90,8 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
         " named backend run as the reference",
     )
     parser.add_argument(
-        "--baselines",
+        *baselines,
+        dest="baselines",
         choices=[*BASELINES, "all"],
         nargs="+",
         help="the reference in these forms, each where it applies (default: the eager ones, compile"
