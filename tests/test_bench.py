@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 
@@ -11,7 +10,7 @@ import torch
 
 import dsnet_kernels
 from dsnet import cli
-from dsnet.bench import cases, models, ops, report, roofs, row, session, suite, table, timing
+from dsnet.bench import cases, ops, report, row, session, table
 from dsnet.bench.check import check_directions, check_errors
 from dsnet.bench.suite import Settings, tasks
 from dsnet.commands import bench, image_size
@@ -290,18 +289,6 @@ def test_detection_has_the_first_stage_of_every_case_on_one_large_image():
     assert {(s.number, s.batch, s.grid, s.global_grid) for s in stages} == {
         (1, 1, (200, 333), (25, 41))
     }
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """As few and as short samples as there can be."""
-    monkeypatch.setattr(ops, "BUDGET", 0.0)
-    monkeypatch.setattr(suite, "DETECTION_BUDGET", 0.0)
-    monkeypatch.setattr(roofs, "BUDGET", 0.0)
-    monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
-    shortest = functools.partial(timing.measure, min_sample=1e-4, rounds=(1, 1))
-    monkeypatch.setattr(row, "measure", shortest)
 
 
 SMALL = ["--threads", "1", "--baselines", "nchw", "channels_last", "--size", "64"]

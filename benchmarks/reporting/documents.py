@@ -10,7 +10,7 @@ from pathlib import Path
 from dsnet.bench.report import Report
 from dsnet.bench.table import render
 
-from . import performance, records
+from . import performance, plots, records
 from .performance import Sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,19 @@ def _whole(report: Report) -> str:
     return f"```text\n{render(report)}```\n"
 
 
+def _results(found: Sources) -> str:
+    """The table, and the picture of the operations."""
+    stem = found.paths["results"].stem
+    links = [
+        f"![{each.caption}](benchmarks/results/{stem}_{each.name}.svg)\n"
+        for each in plots.listed(found.results)
+        if each.name.startswith("speedup")
+    ]
+    return "\n".join([_whole(found.results), *links])
+
+
 README: Mapping[str, Block] = {
-    "results": lambda sources: _whole(sources.results),
+    "results": _results,
     "peers": lambda sources: _whole(sources.peers),
 }
 

@@ -4,10 +4,9 @@ import json
 from os import PathLike
 from pathlib import Path
 
-from dsnet.bench.report import SCHEMA, Report, Result, Roof, Row
+from dsnet.bench.report import SCHEMA, Report, Result, Roof, Row, row_of
 
 from ..gpu import record as gpu
-from ..gpu.summary import row_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,17 +187,18 @@ class Report:
         if found not in [(SCHEMA, version) for version in READABLE]:
             versions = " or ".join(map(str, READABLE))
             raise ValueError(f"report: expected {SCHEMA} version {versions}, got {found}")
-        rows = tuple(_row(row) for row in fields.pop("rows"))
+        rows = tuple(row_of(row) for row in fields.pop("rows"))
         roofs = tuple(Roof(**_tuples(roof)) for roof in fields.pop("roofs", ()))
         return cls(**fields | {"version": VERSION}, rows=rows, roofs=roofs)
 
 
-def _row(fields: dict[str, Any]) -> Row:
-    fields["results"] = tuple(Result(**_tuples(result)) for result in fields["results"])
-    return Row(**_tuples(fields))
+def row_of(fields: Mapping[str, Any]) -> Row:
+    """A row from its JSON fields."""
+    results = tuple(Result(**_tuples(result)) for result in fields["results"])
+    return Row(**_tuples(fields) | {"results": results})
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
