@@ -4,6 +4,7 @@ import argparse
 import shlex
 from dataclasses import replace
 
+from dsnet.bench.packages import PACKAGES
 from dsnet.bench.suite import Settings, Task, tasks
 from dsnet.commands.bench import add_measurement, measure
 from dsnet.variants import list_models
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inference of 1 and of 8 images, a training step of 8, or inference up to the stages'"
         " maps on one 800×1333 image with peak memory (default: the first two)",
     )
+    parser.add_argument(
+        "--packages",
+        choices=PACKAGES,
+        nargs="+",
+        default=[],
+        help="ours exported too, in inference, as dsnet export writes it (default: none)",
+    )
     add_measurement(parser, baselines=("--peers", "--baselines"))
 
 
@@ -38,5 +46,5 @@ def chosen(args: argparse.Namespace, common: Settings) -> list[Task]:
         task
         for model in dict.fromkeys(args.model)
         for work in dict.fromkeys(args.work)
-        for task in tasks(replace(common, model=model, mode=work))
+        for task in tasks(replace(common, model=model, mode=work, exported=args.packages))
     ]

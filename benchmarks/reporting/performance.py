@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsnet.bench.cases import CASES
 from dsnet.bench.report import Report, Result, Row
 from dsnet.bench.roofs import COPY, COPY_IN_CACHE, PRODUCT, bound
 from dsnet.bench.table import BASELINES, heading
@@ -16,8 +17,8 @@ from .records import best_of_ours
 MODEL, BATCH, SIZE, DTYPE = "dsnet_tiny", 8, (224, 224), "float32"
 """The network whose time is divided among its operations."""
 
-COMPOSED = "alignment"
-"""A case that is two operations in turn, which have their own rows."""
+COMPOSED = {case.operation for case in CASES if len(case.operations) > 1}
+"""Cases that are several operations in turn, which have their own rows."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def shares(sources: Sources) -> str:
     if whole is None:
         return _text([f"The record has no inference of {BATCH} images by {MODEL}."])
     ours, best = best_of_ours(whole), whole.result(whole.best) if whole.best else None
-    cells = [["operation", "GFLOP", "reference ms", "ours ms", "saved ms", "of ours"]]
+    cells = [["operation", "GFLOP", "best baseline ms", "ours ms", "saved ms", "of ours"]]
     left = {"best": best.median if best else 0.0, "ours": ours.median}
     for operation, members in _by_operation(rows).items():
         before = sum(_depth(row) * row.result(row.best).median for row in members)
@@ -203,7 +204,7 @@ def _op_rows(rows: Sequence[Row], composed: bool = False) -> list[Row]:
         and not row.series
         and (row.shape[0], row.dtype) == (BATCH, DTYPE)
         and row.image in (None, SIZE)
-        and (composed or row.subject != COMPOSED)
+        and (composed or row.subject not in COMPOSED)
         and best_of_ours(row) is not None
     ]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import dsnet_kernels
 from dsnet.optimize import optimize
 
-from . import peers
+from . import packages, peers
 from .cases import CASES, stages
 from .networks import LEARNING_RATE, Outputs, Problem, judge, loss, values
 from .ops import explain, make_inputs
@@ -36,12 +36,14 @@ def model_row(
     extend: Callable[[list[Contender]], list[Contender]] = list,
     features: bool = False,
     memory: bool = False,
+    exported: Sequence[str] = (),
 ) -> Row:
     """Times inference of ``name``, or its training step: forward, loss, backward, AdamW.
 
     Ours is in inference what :func:`dsnet.optimize` returns. Images arrive as a loader delivers
     them, in NCHW; their conversion is part of the time. ``extend`` turns the contenders into those
     that are timed. With ``features`` the network is a backbone, which returns its stages' maps.
+    ``exported`` names packages of ours, of :data:`.packages.PACKAGES`, that take part in inference.
     """
     problem = Problem.random(
         name,
@@ -70,6 +72,11 @@ def model_row(
     taking_part = [peer for peer, reason in refusals.items() if reason is None]
     contenders += [peers.contender(peer, onnx, problem.images) for peer in taking_part]
     contenders += [build(backend, "ours") for backend in backends]
+    refused = {} if training else {each: packages.refusal(each, dtype) for each in exported}
+    if any(reason is None for reason in refused.values()):
+        chosen = chosen_backends(name, batch, size, dtype, "auto", device)
+        taken = [each for each, reason in refused.items() if reason is None]
+        contenders += [packages.contender(each, problem, chosen) for each in taken]
     with torch.inference_mode(not training):
         oracle = problem.oracle()
         references = [contender.values() for contender in eager]
@@ -89,7 +96,9 @@ def model_row(
             dtype=str(dtype).removeprefix("torch."),
             flops=None,
             bytes=None,
-            notes=tuple(_notes(backends, baselines, named, refusals, training)),
+            notes=tuple(
+                _notes(backends, baselines, (*named, *exported), refusals | refused, training)
+            ),
             image=tuple(size),
         )
 

@@ -39,6 +39,7 @@ class Settings:
         budget: seconds of timing per row.
         operations: those measured alone, as the cases name them; None for all.
         stages: of which they are measured.
+        exported: packages of ours that a network's inference is measured as too.
     """
 
     model: str = "dsnet_tiny"
@@ -51,6 +52,7 @@ class Settings:
     budget: float | None = None
     operations: Sequence[str] | None = None
     stages: Sequence[int] = (1, 2, 3, 4)
+    exported: Sequence[str] = ()
 
     def cases(self) -> list[Case]:
         """The cases of :attr:`operations`."""
@@ -126,6 +128,7 @@ def _model_tasks(
     **options: Any,
 ) -> Iterator[Task]:
     options = {"training": False} | options | _common(settings)
+    options["exported"] = settings.exported
     for dtype in settings.dtypes:
         for size in settings.sizes or sizes:
             for batch in settings.batches or batches:
