@@ -4,15 +4,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_bench_timing import Machine
 
 from benchmarks import __main__ as command
 from benchmarks.commands import compare
-from benchmarks.comparing import rounds, sides
+from benchmarks.comparing import jobs, rounds, sides, worker
 from benchmarks.comparing.rounds import HERE, OTHER, confirmed, verdict
 from benchmarks.comparing.sides import Side, SideError
-from dsnet.bench import timing
+from dsnet.bench import cases, timing
 from dsnet.bench.report import Report, Result, Row
+from dsnet_kernels.backends import OPERATIONS
 
 SEEDS = range(200)
 
@@ -100,6 +102,48 @@ def test_what_seems_slower_is_measured_again_and_nothing_else():
     assert list(map(verdict, confirmed(first, again))) == ["same", "same", "slower"]
     assert asked == [1, 2]
     assert confirmed(first[:1], lambda _: pytest.fail("measured again")) == first[:1]
+
+
+# What a worker runs, in this process
+
+
+def answered(job, tmp_path):
+    """A lenient check of what a worker computes for ``job``, and its answer to the request."""
+    told, check = job.prepare()
+    torch.save(told, tmp_path / "job")
+    there = worker.Worker()
+    answer = there.answer({"load": str(tmp_path / "job"), "values": str(tmp_path / "values")})
+    with torch.inference_mode(told["inference"]):
+        verdict = check(torch.load(tmp_path / "values"), 4.0)
+    assert there.answer({"repeats": 2})["seconds"] > 0
+    return verdict, answer
+
+
+def test_worker_runs_every_operation(tmp_path):
+    found = list(jobs.operations("dsnet_tiny", 1, (64, 64), torch.float32, numbers=[2]))
+    assert {job.facts["subject"] for job in found} == {
+        case.operation for case in cases.CASES if case.operation in OPERATIONS
+    }
+    for job in found:
+        verdict, answer = answered(job, tmp_path)
+        assert verdict.passed, (job.title, verdict.failures)
+        assert list(answer["chosen"]) == [job.facts["subject"]]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_worker_runs_a_network(training, tmp_path):
+    job = jobs.network("dsnet_tiny", 2, (64, 64), torch.float32, training)
+    verdict, answer = answered(job, tmp_path)
+    assert verdict.passed, verdict.failures
+    assert answer == {"chosen": {}}
+
+
+def test_worker_tells_what_it_cannot_run(tmp_path):
+    job = next(jobs.operations("dsnet_tiny", 1, (64, 64), torch.float32))
+    told, _ = job.prepare()
+    torch.save(told | {"operation": "of another time"}, tmp_path / "job")
+    answer = worker.Worker().answer({"load": str(tmp_path / "job"), "values": "unused"})
+    assert answer["error"].startswith("AttributeError: ")
 
 
 # Two commits of a repository whose operation costs what its own clock says, not what it takes.
