@@ -13,8 +13,8 @@ Sample = Callable[[Callable[[], object], int], float]
 MIN_SAMPLE = 5e-3
 """Seconds a sample lasts at least: far above the clock's step and a scheduler's hiccup."""
 
-MIN_ROUNDS = 3
-"""However short the budget. A 95 % interval of a median takes six."""
+MIN_ROUNDS = 6
+"""However short the budget: as many as a 95 % interval of a median takes."""
 
 MAX_ROUNDS = 200
 
