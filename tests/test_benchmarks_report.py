@@ -363,9 +363,14 @@ def test_documents_are_filled_by_the_command(tmp_path, monkeypatch, capsys):
             text = documents.replaced(text, block, "")
         (tmp_path / name).write_text(text, "utf-8")
     monkeypatch.setattr(documents, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "FOLDER", results)
     monkeypatch.setattr(records, "paths", lambda: [results / "cpu_two_cores.json"])
+    (results / "of_a_record_that_is_gone.md").write_text("old")
     assert command.main(["report", "--no-plots"]) == 0
     printed = capsys.readouterr().out
+    assert f"removed {results / 'of_a_record_that_is_gone.md'}\n" in printed
+    assert {each.name for each in results.glob("*.md")} == {"cpu_two_cores.md"}
+    assert list(results.glob("*.svg"))
     for name in documents.DOCUMENTS:
         expected = documents.updated(
             name, (tmp_path / name).read_text("utf-8"), documents.sources()

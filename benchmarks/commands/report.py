@@ -1,6 +1,7 @@
 """``python -m benchmarks report``: records as tables and pictures, and in the documents."""
 
 import argparse
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from dsnet.bench.report import write_atomically
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
+    written = set()
     for path in args.record or records.paths():
         found = dict(files.tables(path))
         if not args.no_plots:
@@ -35,8 +37,10 @@ def run(args: argparse.Namespace) -> int:
         for name, content in found.items():
             target = (args.out or path.parent) / name
             write_atomically(target, content)
+            written.add(target)
             print(target)
     if not args.record and args.out is None:
+        _remove_others(written, ("md", "csv") if args.no_plots else ("md", "csv", "svg", "png"))
         sources = documents.sources()
         for name in documents.DOCUMENTS:
             target = documents.ROOT / name
@@ -44,3 +48,11 @@ def run(args: argparse.Namespace) -> int:
             write_atomically(target, text)
             print(target)
     return 0
+
+
+def _remove_others(written: Set[Path], kinds: Sequence[str]) -> None:
+    """What earlier records have left beside the present ones."""
+    for kind in kinds:
+        for path in sorted(set(records.FOLDER.glob(f"*.{kind}")) - written):
+            path.unlink()
+            print(f"removed {path}")
