@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace dsnet {
 
@@ -164,5 +165,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_mlp
     const std::optional<Tensor>& branch_scale);  // (B)
 // returns grad_x (B, C, H, W) and, in float32 or float64, those of fc1_weight (R, C), fc1_bias (R),
 // fc2_weight (C, R), fc2_bias (C), scale (C) and shift (C), given or not
+
+// A convolution whose kernel is its stride, in inference. Fused: 1 gathering of patches · 2 product
+// · 3 bias.
+Tensor patch_conv(
+    // inputs
+    const Tensor& x,       // (B, C, H, W)
+    const Tensor& packed,  // what patch_conv_pack returns
+    int64_t outputs,       // O
+    int64_t patch);        // p; what is left at the ends of H and W counts for nothing
+// returns (B, O, ⌊H/p⌋, ⌊W/p⌋)
+
+Tensor patch_conv_pack(const Tensor& weight,  // (O, p·p·C), a patch's pixels row by row; x's dtype
+    const std::optional<Tensor>& bias);       // (O), likewise or float32
+// returns accumulators, for the instruction set in use
+
+// A whole block in inference. Fused: the operations above, image by image.
+std::tuple<Tensor, Tensor, Tensor> ds_block(
+    // inputs
+    const Tensor& x,                    // (B, C, H, W), float32 or bfloat16
+    const Tensor& packed,               // what ds_block_pack returns
+    const std::vector<int64_t>& sizes,  // C, Cl, Cg, dim, heads, R, Hg, Wg
+    double attention_eps, double co_attention_eps,
+    bool with_streams);  // return both streams as they enter the fusion
+// returns (B, C, H, W) and, with images only if asked for, (B, Cl, H, W) and (B, Cg, Hg, Wg)
+
+Tensor ds_block_pack(const Tensor& x,  // gives dtype and grid
+    const std::vector<Tensor>&
+        parameters,  // in the order of dsnet_kernels/ds_block.py, x's dtype or float32
+    const std::vector<int64_t>& sizes);
+// returns accumulators, for the instruction set in use and, of grids, for those that co-attention
+// absorbs the same projections for
 
 }  // namespace dsnet

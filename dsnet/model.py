@@ -28,17 +28,22 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_streams(x)[0]
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The stage's output, and the streams of its last block."""
         x = self.embed(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, local, global_ = checkpoint(block.forward_streams, x, use_reentrant=False)
-            else:
-                x, local, global_ = block.forward_streams(x)
-        return x, local, global_
+        for block in self.blocks[:-1]:
+            x = self._run(block, x)
+        return self._run(self.blocks[-1].forward_streams, x)
+
+    def _run(self, block: Callable[[Tensor], Any], x: Tensor) -> Any:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
 
 class DSNet(nn.Module):

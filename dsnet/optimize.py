@@ -12,7 +12,7 @@ from dsnet_kernels import backends
 
 from .block import DSBlock
 from .model import DSNet
-from .optimized import Optimized, OptimizedBlock, OptimizedDSNet
+from .optimized import Optimized, OptimizedBlock, OptimizedDSNet, PatchEmbedding
 from .optimized.fold import ChannelAffine, constant_affine, wide
 from .optimized.network import folded_classifier
 
@@ -82,9 +82,10 @@ def optimize(
         blocks = _optimized_blocks(source, dtype, backend, strict)
         original = _host_copy(model.state_dict())
         if not isinstance(source, DSNet):
-            return Optimized(_replaced(source, dtype, blocks), original)
+            return Optimized(_replaced(source, dtype, blocks, backend), original)
         classifier = folded_classifier(source, dtype)
-        return OptimizedDSNet(_replaced(source, dtype, blocks), original, classifier)
+        network = _replaced(source, dtype, blocks, backend)
+        return OptimizedDSNet(network, original, classifier)
 
 
 def _check_dtype(dtype: torch.dtype, devices: set[str]) -> None:
@@ -142,11 +143,20 @@ def _try(block: OptimizedBlock) -> None:
 
 
 def _replaced(
-    source: nn.Module, dtype: torch.dtype | None, blocks: dict[str, OptimizedBlock]
+    source: nn.Module,
+    dtype: torch.dtype | None,
+    blocks: dict[str, OptimizedBlock],
+    backend: str | Sequence[str] | None,
 ) -> nn.Module:
-    """``source`` in ``dtype`` with optimised blocks, and the norms of DSNets as constants."""
+    """``source`` in ``dtype`` with optimised blocks, and of DSNets the rest."""
     replacements: dict[str, nn.Module] = dict(blocks)
     for name, network in source.named_modules():
+        if isinstance(network, DSNet):
+            prefix = f"{name}.stages" if name else "stages"
+            for index, stage in enumerate(network.stages):
+                if PatchEmbedding.stands_for(stage.embed):
+                    embedding = PatchEmbedding(stage.embed, backend)
+                    replacements[f"{prefix}.{index}.embed"] = embedding
         if isinstance(network, DSNet) and not isinstance(network.norm, nn.Identity):
             name = f"{name}.norm" if name else "norm"
             affine = constant_affine(network.norm, name)
@@ -154,6 +164,7 @@ def _replaced(
             replacements[name] = ChannelAffine(*(each.to(width) for each in affine))
     if "" in replacements:
         return replacements[""]
+    # In place, also of what the replacements share with it.
     source.to(dtype=dtype)
     for name, module in replacements.items():
         source.set_submodule(name, module)

@@ -206,6 +206,15 @@ def kernel_backends(names: str | Sequence[str] | None, device: str) -> tuple[str
     return tuple(dict.fromkeys(found))
 
 
+def leading(names: str | Sequence[str] | None, device: str) -> str:
+    """The first backend that ``names`` stands for on a type of device; None: those in force."""
+    return next(
+        name
+        for name, by_auto in _candidates(names)
+        if not (by_auto and AUTO_DEVICE.get(name, device) != device)
+    )
+
+
 def available_backends(operation: str | None = None) -> tuple[str, ...]:
     """Backends whose code is present and loadable here, for one operation or for any.
 

@@ -45,6 +45,11 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def padded(n: int) -> int:
+    """n in whole registers of the CPU's kernels, the widest there are."""
+    return -(-n // 16) * 16
+
+
 def empty_channels_last(x: torch.Tensor) -> torch.Tensor:
     """An uninitialised (B, C, H, W) like x, with channels next to each other."""
     channels, height, width = x.shape[1:]

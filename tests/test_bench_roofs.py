@@ -91,7 +91,7 @@ def test_roofs_are_those_of_every_dtype_named(monkeypatch):
 
 
 def test_heading_shows_the_roofs():
-    heading = list(table.heading(report(row(), product=30e9)))
+    heading = table.facts(report(row(), product=30e9))
     assert heading[-1] == "roofs: product float32 30.0 GFLOP/s"
 
 

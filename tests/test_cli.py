@@ -20,7 +20,7 @@ from dsnet.checkpoint import save_checkpoint
 from dsnet.data import load_image, preprocess
 from dsnet.macs import count_macs
 
-COMMANDS = ("bench", "classify", "convert", "export", "info", "models")
+COMMANDS = ("bench", "classify", "convert", "export", "info", "models", "profile")
 RANDOM = ("--random-weights", "--size", "64")
 
 
@@ -113,6 +113,10 @@ def test_version(capsys):
         (("models", "--size", "31"), "dsnet models: argument --size: expected an integer of at"),
         (("models", "--size", "x"), "dsnet models: argument --size: expected an integer of at"),
         (("models", "--global-reduction", "8", "4"), "dsnet models: argument --global-reduction: "),
+        (("profile", "dsnet_huge"), "dsnet profile: argument MODEL: invalid choice: 'dsnet_huge'"),
+        (("profile", "dsnet_tiny", "--dtype", "int8"), "dsnet profile: argument --dtype: invalid"),
+        (("profile", "dsnet_tiny", "--batch", "0"), "dsnet profile: argument --batch: expected an"),
+        (("profile", "dsnet_tiny", "--device", "toaster"), "dsnet profile: --device: cannot use"),
         (("classify", "x", "--topk", "0"), "dsnet classify: argument --topk: expected an integer"),
         (("classify", "x", "--model", "dsnet_huge"), "dsnet classify: argument --model: invalid"),
         (("classify", "x", "--weights", "w", "--random-weights"), "dsnet classify: argument --ran"),

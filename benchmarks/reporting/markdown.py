@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 from dsnet.bench.report import Report
-from dsnet.bench.table import cells, grouped, heading, legend, remarks, title, uses
+from dsnet.bench.table import cells, facts, grouped, legend, remarks, title, uses
 
 
 def render(report: Report) -> str:
     """The whole record."""
-    machine, *facts = heading(report)
-    lines = [f"# {machine}", "", *(f"- {fact}" for fact in facts)]
+    machine, *others = facts(report)
+    lines = [f"# {machine}", "", *(f"- {fact}" for fact in others)]
     for rows in grouped(report.rows):
         lines += ["", f"## {title(rows)}", ""]
         for use in uses(rows):

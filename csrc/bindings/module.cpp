@@ -5,10 +5,12 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "build_record.h"
 #include "cpu/capability.h"
+#include "cpu/step_clock.h"
 #include "cuda/co_attention.h"
 #include "cuda/depthwise_conv3x3.h"
 #include "cuda/global_attention.h"
@@ -103,6 +105,18 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "The instruction sets compiled in and on this CPU, ascending.");
+  m.def("watch_block_steps", &cpu::watch_steps, py::arg("on"),
+      "Starts timing the steps of ds_block on the CPU from zero, or stops.");
+  m.def(
+      "block_step_seconds",
+      [] {
+        std::vector<std::pair<std::string, double>> steps;
+        const std::vector<std::string> names = cpu::step_names();
+        const std::vector<double> seconds = cpu::step_seconds();
+        for (size_t i = 0; i < names.size(); ++i) steps.emplace_back(names[i], seconds[i]);
+        return steps;
+      },
+      "(step, seconds) of all calls of ds_block since, in the order of the block.");
   m.def("co_attention_launch", &co_attention_launch, py::arg("shape"), py::arg("num_heads"),
       py::arg("head_dim"), py::arg("absorbed") = -1,
       "The GPU launch chosen for contiguous streams (B, N, M, Cl, Cg), as text; absorbed is 1, 0 "

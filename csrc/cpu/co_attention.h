@@ -32,7 +32,7 @@ struct PackedMatrix {
 // projected tile by tile.
 struct CoAttentionLayout {
   static constexpr int64_t row_block = 112;    // global tokens that meet a tile at a time
-  static constexpr int64_t finish_block = 56;  // global tokens of a task that follows
+  static constexpr int64_t finish_block = 56;  // global tokens of a task that follows, at most
   static constexpr int64_t most_tasks = 64;    // wanted of the pass over local tokens
 
   CoAttentionLayout() = default;
@@ -53,22 +53,29 @@ struct CoAttentionLayout {
     const int64_t wanted = (most_tasks + images - 1) / images;
     const int64_t possible = (N + least - 1) / least;
     chunks = wanted < possible ? wanted : possible;
+    // Not all of a single image in one task.
+    if (images * chunks == 1 && N >= 2 * lanes) {
+      chunks = 2;
+      tile = padded((N + 1) / 2);
+    }
     chunk_tokens = ((N + chunks - 1) / chunks + tile - 1) / tile * tile;
     chunks = (N + chunk_tokens - 1) / chunk_tokens;
     row_blocks = (M + finish_block - 1) / finish_block;
+    if (images * row_blocks == 1 && M > 1) row_blocks = 2;
+    finish_rows = (M + row_blocks - 1) / row_blocks;
     describe_packed(shape, is_backward);
   }
 
   bool absorbed = false;
   // Row strides, in whole registers.
-  int64_t local = 0, global = 0;         // of tokens
-  int64_t dim = 0, head = 0;             // of one head's channels, and of its [Q, K, V]
-  int64_t rows = 0;                      // of a number per global token
-  int64_t inner = 0;                     // of a matrix that local tokens meet
-  int64_t depth = 0;                     // its columns that count
-  int64_t tile = 0;                      // local tokens handled together
-  int64_t chunks = 0, chunk_tokens = 0;  // of an image's local tokens
-  int64_t row_blocks = 0;
+  int64_t local = 0, global = 0;            // of tokens
+  int64_t dim = 0, head = 0;                // of one head's channels, and of its [Q, K, V]
+  int64_t rows = 0;                         // of a number per global token
+  int64_t inner = 0;                        // of a matrix that local tokens meet
+  int64_t depth = 0;                        // its columns that count
+  int64_t tile = 0;                         // local tokens handled together
+  int64_t chunks = 0, chunk_tokens = 0;     // of an image's local tokens
+  int64_t row_blocks = 0, finish_rows = 0;  // tasks that follow, and their global tokens
 
   // Vectors: norm weight and bias, bias of the global output; scale, shift, bias of the local one.
   int64_t vectors = 0;
@@ -95,6 +102,21 @@ struct CoAttentionLayout {
   // The same of gradients: of keys, queries, attended (absorbed) and values; then row sums: of both
   // scores' gradients, and of the kept weights of global queries.
   int64_t grad_partial = 0;
+
+  // Products of the steps' tasks, roughly.
+  int64_t pack_products(const CoAttentionShape& shape) const {
+    return 8 * shape.head_dim * (shape.local_width + shape.global_width);
+  }
+  int64_t prologue_products(const CoAttentionShape& shape) const {
+    return 3 * shape.global_tokens * shape.head_dim * (shape.global_width + shape.local_width);
+  }
+  int64_t local_products(const CoAttentionShape& shape) const {
+    const int64_t projections = absorbed ? 0 : 4 * shape.dim() * shape.local_width;
+    return chunk_tokens * (4 * shape.heads * shape.global_tokens * depth + projections);
+  }
+  int64_t finish_products(const CoAttentionShape& shape) const {
+    return finish_rows * shape.dim() * (shape.global_width + shape.local_width);
+  }
 
  private:
   void describe_packed(const CoAttentionShape& shape, bool is_backward) {

@@ -157,7 +157,7 @@ void finish(const CoAttentionBackward& args, void* memory, int64_t begin, int64_
   const CoAttentionLayout& layout = call.layout;
   const CoAttentionShape& shape = args.shape;
   const int64_t M = shape.global_tokens, Cg = shape.global_width, dim = shape.dim();
-  constexpr int64_t block = CoAttentionLayout::finish_block;
+  const int64_t block = layout.finish_rows;
   Scratch<Acc> scratch(memory);
   Acc* grad_y = scratch.take(block * layout.global);
   for (int64_t task = begin; task < end; ++task) {

@@ -305,7 +305,7 @@ void finish(const CoAttentionForward& args, void* memory, int64_t begin, int64_t
   const CoAttentionShape& shape = args.shape;
   const int64_t M = shape.global_tokens, Cg = shape.global_width, d = shape.head_dim;
   const int64_t inner = layout.inner, dim = shape.dim(), chunks = layout.chunks;
-  constexpr int64_t block = CoAttentionLayout::finish_block;
+  const int64_t block = layout.finish_rows;
   Scratch<Acc> scratch(memory);
   Acc* sums = scratch.take(block * inner);
   Acc* kept = scratch.take(block);

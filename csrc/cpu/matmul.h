@@ -263,17 +263,32 @@ inline Panel panel_of(int64_t column, int64_t columns) {
   return panel;
 }
 
-// multiply_with for b in panels.
+// Where the panel that begins at a column ends.
+template <typename V>
+inline int64_t panel_end(int64_t column, int64_t columns) {
+  return column + detail::next_registers((columns - column) / V::size) * V::size;
+}
+
+// multiply_with for b in panels, of which those from column `from` up to column `to` are
+// multiplied.
 template <typename V, typename Product = Values, typename Begin, typename Finish,
     typename Acc = typename V::Acc>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
-    const Acc* b, const Begin& begin, const Finish& finish) {
+    const Acc* b, const Begin& begin, const Finish& finish, int64_t from, int64_t to) {
   int64_t registers;
-  for (int64_t j = 0; j < columns; j += registers * V::size) {
+  for (int64_t j = from; j < to; j += registers * V::size) {
     registers = detail::next_registers((columns - j) / V::size);
     detail::multiply_registers<false, Product, V>(
         registers, rows, a, {b + j * depth, registers * V::size}, depth, j, begin, finish);
   }
+}
+
+// The same of all panels.
+template <typename V, typename Product = Values, typename Begin, typename Finish,
+    typename Acc = typename V::Acc>
+inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, Matrix<const Acc> a,
+    const Acc* b, const Begin& begin, const Finish& finish) {
+  multiply_panels<V, Product>(rows, columns, depth, a, b, begin, finish, 0, columns);
 }
 
 #if defined(__AVX512BF16__)

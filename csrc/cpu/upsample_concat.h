@@ -3,10 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "arguments.h"
 #include "capability.h"
+#include "packed_product.h"
+#include "taps.h"
 
 namespace dsnet::cpu {
 
@@ -22,25 +23,6 @@ struct UpsampleShape {
   int64_t weight_columns() const { return local_channels + global_channels; }
 };
 
-// Bilinear interpolation along one axis, align_corners=False: fine position i takes 1 − fraction of
-// the coarse position index and fraction of the next one, which is there wherever fraction > 0.
-struct Taps {
-  const int64_t* index;    // (fine), ascending
-  const double* fraction;  // (fine)
-  const int64_t* begin;    // (coarse + 1): index is j in [begin[j], begin[j + 1])
-};
-
-class Axis {
- public:
-  Axis(int64_t coarse, int64_t fine);
-  Taps taps() const { return {index_.data(), fraction_.data(), begin_.data()}; }
-
- private:
-  std::vector<int64_t> index_;
-  std::vector<double> fraction_;
-  std::vector<int64_t> begin_;
-};
-
 // How matrices lie in memory and how a call is cut into tasks; from the shape alone.
 struct UpsampleLayout {
   static constexpr int64_t block = 56;  // tokens of a product, so that they stay in cache
@@ -49,13 +31,15 @@ struct UpsampleLayout {
       : channels(padded(shape.channels)),
         local(padded(shape.local_channels)),
         global(padded(shape.global_channels)),
-        packs(channels / lanes),
-        global_blocks((shape.global_tokens() + block - 1) / block) {}
+        packs(channels / lanes) {}
 
   // Row strides, in whole registers.
   int64_t channels, local, global;
-  int64_t packs, global_blocks;
+  int64_t packs;
 
+  ProductTasks global_tasks(const UpsampleShape& shape) const {
+    return {shape.global_tokens(), shape.channels, block};
+  }
   int64_t scratch(const UpsampleShape& shape) const {
     const int64_t most = local > global ? local : global;
     const int64_t rows = shape.global_width * channels;
@@ -144,7 +128,7 @@ struct UpsampleBackward {
 
 struct UpsampleForwardKernels {
   Step<UpsampleForward> pack;        // layout.packs tasks
-  Step<UpsampleForward> mix_global;  // layout.global_blocks tasks
+  Step<UpsampleForward> mix_global;  // layout.global_tasks
   Step<UpsampleForward> mix;         // B · H tasks: everything else
 };
 

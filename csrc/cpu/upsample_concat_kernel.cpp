@@ -2,83 +2,22 @@
 //
 // A 1×1 convolution and bilinear interpolation commute: the global half is mixed on its own grid
 // and interpolated where a tile of the local half's products starts its sums.
-#include "attention_steps.h"
-#include "scratch.h"
+#include "packed_product_steps.h"
 #include "storages.h"
 #include "upsample_concat.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
 
-// A token's channels as the left operand of products.
-template <typename T, typename Acc = AccumulatorOf<T>>
-void stage(const T* from, int64_t count, Acc* to) {
-  using V = typename Register<T>::type;
-  if constexpr (Products<T>::pairs) {
-    // A row of bfloat16 is a row of pairs.
-    to[depth_of<T>(count) - 1] = 0;
-    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-  } else {
-    for_each_register<V>(
-        count, [&](int64_t c, int64_t n) { load_part<V>(from + c, n).store(to + c); });
-  }
-}
-
-// A register of columns of the packed weight: its rows from `column` and columns from `offset` on,
-// transposed. `rows` is memory for them.
-template <typename T, typename Acc = AccumulatorOf<T>>
-void pack_columns(const UpsampleForward& args, int64_t column, int64_t offset, int64_t count,
-    Acc* rows, Acc* packed) {
-  using V = typename Register<T>::type;
-  const int64_t C = args.shape.channels, stride = args.shape.weight_columns();
-  const Panel panel = panel_of<V>(column, padded(C));
-  const int64_t depth = depth_of<T>(count);
-  const int64_t inside = column < C ? smaller(V::size, C - column) : 0;
-  Acc* to = packed + panel.first * depth + column - panel.first;
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t j = inside; j < V::size; ++j) to[k * panel.columns + j] = 0;
-  }
-  if (inside == 0) return;
-  const int64_t first = column * stride + offset;
-  if constexpr (Products<T>::pairs) {
-    for (int64_t j = 0; j < inside; ++j) {
-      Acc* row = rows + j * padded(count + 1);
-      if (args.weight.is_accumulator) {
-        const Acc* from = static_cast<const Acc*>(args.weight.data) + first + j * stride;
-        copy_columns(1, count, from, count, row, count);
-        row[count] = 0;
-        pair_columns(row, 2 * depth);
-      } else {
-        stage(static_cast<const T*>(args.weight.data) + first + j * stride, count, row);
-      }
-    }
-    transpose(inside, depth, rows, padded(count + 1), to, panel.columns);
-  } else if (args.weight.is_accumulator) {
-    const Acc* from = static_cast<const Acc*>(args.weight.data) + first;
-    transpose(inside, count, from, stride, to, panel.columns);
-  } else {
-    const T* from = static_cast<const T*>(args.weight.data) + first;
-    transpose(inside, count, from, stride, to, panel.columns);
-  }
-}
-
 template <typename T>
 void pack(const UpsampleForward& args, void* memory, int64_t begin, int64_t end) {
-  using V = typename Register<T>::type;
-  using Acc = typename V::Acc;
   const UpsampleShape& shape = args.shape;
-  Acc* rows = static_cast<Acc*>(memory);
-  for (int64_t column = begin * lanes; column < end * lanes; column += V::size) {
-    pack_columns<T>(
-        args, column, 0, shape.local_channels, rows, static_cast<Acc*>(args.packed_local));
-    pack_columns<T>(args, column, shape.local_channels, shape.global_channels, rows,
-        static_cast<Acc*>(args.packed_global));
-    Acc* bias = static_cast<Acc*>(args.bias_row);
-    for (int64_t c = column; c < column + V::size; ++c) {
-      const bool present = c < shape.channels && args.bias.data != nullptr;
-      bias[c] = present ? value_at<T, Acc>(args.bias, c) : Acc{0};
-    }
-  }
+  const int64_t C = shape.channels, stride = shape.weight_columns(), Cl = shape.local_channels;
+  pack_weight<T>({args.weight, args.bias, C, stride, 0, Cl, args.packed_local, args.bias_row},
+      memory, begin, end);
+  pack_weight<T>(
+      {args.weight, args.bias, C, stride, Cl, shape.global_channels, args.packed_global, nullptr},
+      memory, begin, end);
 }
 
 template <typename T>
@@ -88,19 +27,27 @@ void mix_global(const UpsampleForward& args, void* memory, int64_t begin, int64_
   const UpsampleShape& shape = args.shape;
   const UpsampleLayout layout(shape);
   const int64_t Wg = shape.global_width, Hg = shape.global_height, Cg = shape.global_channels;
+  const bool are_rows = args.global.stride_column == Cg && args.global.stride_row == Wg * Cg &&
+                        args.global.stride_batch == Hg * Wg * Cg;
   Acc* staged = static_cast<Acc*>(memory);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * UpsampleLayout::block;
-    const int64_t count = smaller(UpsampleLayout::block, shape.global_tokens() - first);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (first + i) / Wg, column = (first + i) % Wg;
-      stage(pixel_of<T>(args.global, row / Hg, row % Hg, column), Cg, staged + i * layout.global);
+  const auto product = [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+    Matrix<const Acc> left{staged, layout.global};
+    if (are_rows && is_left_operand<T>(Cg)) {
+      const T* tokens = static_cast<const T*>(args.global.data) + first * Cg;
+      left = {reinterpret_cast<const Acc*>(tokens), depth_of<T>(Cg)};
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = (first + i) / Wg, column = (first + i) % Wg;
+        stage(pixel_of<T>(args.global, row / Hg, row % Hg, column), Cg, staged + i * layout.global);
+      }
     }
     Acc* mixed = static_cast<Acc*>(args.mixed) + first * layout.channels;
-    multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cg),
-        {staged, layout.global}, static_cast<const Acc*>(args.packed_global), From<V>{},
-        To<V>{{mixed, layout.channels}});
-  }
+    multiply_panels<V, typename Products<T>::type>(count, layout.channels, depth_of<T>(Cg), left,
+        static_cast<const Acc*>(args.packed_global), From<V>{}, To<V>{{mixed, layout.channels}},
+        from, to);
+  };
+  for_each_product<V>(
+      layout.global_tasks(shape), shape.global_tokens(), layout.channels, begin, end, product);
 }
 
 // Sums of pixels [first, …) of an output row start with the bias and the interpolated global half.
@@ -134,43 +81,6 @@ struct Interpolated {
       for (int j = 0; j < N; ++j) {
         const V sum = fma(rest, V::load(lower + j * V::size), V::load(bias + column + j * V::size));
         sums[i][j] = fma(share, V::load(upper + j * V::size), sum);
-      }
-    }
-  }
-};
-
-// Sums of these pixels end with the factor and the residual, as stored.
-template <typename V, typename T>
-struct Finished {
-  typename V::Acc factor;
-  const T* residual;  // may be null
-  int64_t residual_stride;
-  T* out;
-  int64_t channels;
-
-  template <int R, int N>
-  __attribute__((always_inline)) void operator()(
-      V (&sums)[R][N], int64_t pixel, int64_t column) const {
-    const V scale = V::fill(factor);
-    const bool whole = column + N * V::size <= channels;
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      T* to = out + (pixel + i) * channels + column;
-      const T* from =
-          residual == nullptr ? nullptr : residual + (pixel + i) * residual_stride + column;
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) {
-        const int64_t c = j * V::size;
-        if (whole) {
-          const V result =
-              residual == nullptr ? scale * sums[i][j] : fma(scale, sums[i][j], V::load(from + c));
-          result.store(to + c);
-        } else if (column + c < channels) {
-          const int64_t n = smaller(V::size, channels - column - c);
-          const V result = residual == nullptr ? scale * sums[i][j]
-                                               : fma(scale, sums[i][j], V::load(from + c, n));
-          result.store(to + c, n);
-        }
       }
     }
   }

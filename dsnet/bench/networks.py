@@ -72,13 +72,15 @@ class Problem:
 
     def network(self, backend: str | Sequence[str], dtype: torch.dtype | None = None) -> nn.Module:
         """With the weights rounded, in another dtype if one is given."""
+        # Without initial values, which would take longer than all else.
         model = create_model(
             self.name,
-            device=self.images.device,
+            device="meta",
             dtype=dtype or self.images.dtype,
             backend=backend,
             features_only=self.features,
         )
+        model.to_empty(device=self.images.device)
         model.load_state_dict(self.rounded())
         return model.train(self.training)
 

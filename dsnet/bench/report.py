@@ -243,19 +243,19 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raises before minutes are spent on a report that could not be written.
+def check_writable(path: str | os.PathLike, option: str = "--json") -> None:
+    """Raises before minutes are spent on a file of ``option`` that could not be written.
 
     Raises:
         ValueError: if ``path`` is a folder, or its folder does not exist or is read-only.
     """
     target = Path(path)
     if target.is_dir():
-        raise ValueError(f"--json: expected a file, got the folder {target}")
+        raise ValueError(f"{option}: expected a file, got the folder {target}")
     if not target.absolute().parent.is_dir():
-        raise ValueError(f"--json: no such folder: {target.parent}")
+        raise ValueError(f"{option}: no such folder: {target.parent}")
     if not os.access(target.absolute().parent, os.W_OK):
-        raise ValueError(f"--json: cannot write into {target.parent}")
+        raise ValueError(f"{option}: cannot write into {target.parent}")
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:

@@ -35,7 +35,7 @@ MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the pr
 
 def render(report: Report) -> str:
     """The machine, a table per operation and one of models, notes, and failures."""
-    lines = list(heading(report))
+    lines = facts(report)
     for rows in grouped(report.rows):
         lines += ["", title(rows)]
         lines += [f"  {use}" for use in uses(rows)]
@@ -70,6 +70,7 @@ def legend(report: Report) -> list[str]:
 
 
 def heading(report: Report) -> Iterable[str]:
+    """Where, with what, when and by which command."""
     machine, versions = report.machine, report.versions
     yield (
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores,"
@@ -78,13 +79,17 @@ def heading(report: Report) -> Iterable[str]:
     known = ", ".join(f"{name} {version}" for name, version in versions.items())
     yield f"{known}, commit {report.commit or 'unknown'}"
     yield f"{report.date}, {report.seconds:.0f} s: {report.command}"
-    if report.roofs:
-        yield f"roofs: {', '.join(map(_roof, report.roofs))}"
+
+
+def facts(report: Report) -> list[str]:
+    """The heading, and the roofs where there are any."""
+    roofs = [f"roofs: {', '.join(map(_roof, report.roofs))}"] if report.roofs else []
+    return [*heading(report), *roofs]
 
 
 def _roof(roof: Roof) -> str:
     unit = "GFLOP/s" if roof.name == PRODUCT else "GB/s"
-    return f"{roof.name} {roof.dtype} {_digits(roof.rate / 1e9)} {unit}"
+    return f"{roof.name} {roof.dtype} {digits(roof.rate / 1e9)} {unit}"
 
 
 def grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
@@ -165,10 +170,10 @@ def time_of(result: Result | None, best: bool = False) -> str:
         return "failed"
     first, third = result.quartiles
     spread = (third - first) / 2 / result.median
-    return f"{_digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
+    return f"{digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits without an exponent."""
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
@@ -181,7 +186,7 @@ def _has_memory(row: Row) -> bool:
 def _megabytes(result: Result | None) -> str:
     if result is None or result.peak_bytes is None:
         return "-"
-    return _digits(result.peak_bytes / 1e6)
+    return digits(result.peak_bytes / 1e6)
 
 
 def _backend(result: Result) -> str:
@@ -230,7 +235,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         lines += row.notes
         for result in row.results:
             if row.kind == "model" and result.role == "ours":
-                lines.append(f"{result.name} runs {_by_backend(result.chosen)}")
+                lines.append(f"{result.name} runs {by_backend(result.chosen)}")
             if result.problem is not None:
                 name = f"{'ours ' if result.role == 'ours' else ''}{result.name}"
                 place = f"stage {row.stage}" if row.kind == "op" else f"{row.shape[0]} images"
@@ -238,7 +243,8 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _by_backend(chosen: dict[str, str]) -> str:
+def by_backend(chosen: dict[str, str]) -> str:
+    """Which operations each backend runs."""
     backends: dict[str, list[str]] = {}
     for operation, name in chosen.items():
         backends.setdefault(name, []).append(operation)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dsnet_kernels as kernels
+from dsnet_kernels import packed
 
 from ..block import DSBlock
 from .fold import ChannelAffine, Constants, constant_affine, fold_into_linear, wide
@@ -15,6 +16,20 @@ INFERENCE_ONLY = (
     "an optimised model is for inference only, its norms are folded;"
     " train the model that it was made from"
 )
+
+ORDER = (
+    "position",
+    "split_local",
+    "split_global",
+    "local_conv",
+    "local_affine",
+    "attention",
+    "co_attention",
+    "co_attention_affine",
+    "fuse",
+    "mlp",
+)
+"""Groups of constants, as :func:`dsnet_kernels.ds_block` takes them one after the other."""
 
 
 class OptimizedBlock(nn.Module):
@@ -98,12 +113,25 @@ class OptimizedBlock(nn.Module):
             fc2_weight=fc2.weight.to(dtype),
             fc2_bias=fc2.bias.to(dtype),
         )
+        self.cache = packed.PackedCache()
+        self._extents: tuple[int, ...] | None = None
+        if self.co_attention is not None:
+            extents = (
+                self.dim,
+                self.local_dim,
+                self.global_dim,
+                self.co_attention.local_proj_weight.shape[1],
+                self.num_heads,
+                self.mlp.fc1_weight.shape[0],
+            )
+            if kernels.BlockSizes(*extents, 1, 1).refusal() is None:
+                self._extents = extents
         self.eval()
 
     global_grid = DSBlock.global_grid
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_streams(x)[0]
+        return self._run(x, with_streams=False)[0]
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output, and both streams as they enter the fusion, as DSBlock's.
@@ -111,10 +139,30 @@ class OptimizedBlock(nn.Module):
         Raises:
             dsnet_kernels.BackendUnavailable: with the block's name, if an operation cannot run.
         """
+        return self._run(x, with_streams=True)
+
+    def _run(self, x: Tensor, with_streams: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if self._extents is not None and x.dim() == 4 and x.shape[1] == self.dim and x.numel():
+            parameters = self._in_order()
+            if packed.refusal(x, parameters, self.backend) is None:
+                return kernels.ds_block(
+                    x,
+                    parameters,
+                    kernels.BlockSizes(*self._extents, *self.global_grid(*x.shape[2:])),
+                    self.cache,
+                    attention_eps=self.attention_eps,
+                    co_attention_eps=self.co_attention_eps,
+                    with_streams=with_streams,
+                )
         try:
             return self._streams(x)
         except kernels.BackendUnavailable as error:
             raise kernels.BackendUnavailable(f"{self.name}: {error}") from None
+
+    def _in_order(self) -> list[Tensor]:
+        """The constants as :func:`dsnet_kernels.ds_block` takes them."""
+        groups = self._modules
+        return [each for name in ORDER for each in groups[name]._parameters.values()]
 
     def _streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         backend = self.backend

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/cpu/workspace.h"
+#include "bindings/cpu/forward_steps.h"
 #include "common/absorbs.h"
 #include "cpu/capability.h"
 
@@ -73,22 +73,6 @@ class Call {
     space.run<Arguments>(step, args, scratch, tasks, products);
   }
 
-  // Products of the steps' tasks, roughly.
-  int64_t pack_products() const {
-    return 8 * shape.head_dim * (shape.local_width + shape.global_width);
-  }
-  int64_t prologue_products() const {
-    return 3 * shape.global_tokens * shape.head_dim * (shape.global_width + shape.local_width);
-  }
-  int64_t local_products() const {
-    const int64_t projections = layout.absorbed ? 0 : 4 * shape.dim() * shape.local_width;
-    return layout.chunk_tokens *
-           (4 * shape.heads * shape.global_tokens * layout.depth + projections);
-  }
-  int64_t finish_products() const {
-    return layout.finish_block * shape.dim() * (shape.global_width + shape.local_width);
-  }
-
  private:
   void take(const char* name, const OptionalTensor& parameter,
       cpu::Parameter cpu::CoAttentionCall::* to) {
@@ -132,14 +116,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
     args.local_softmax = local_softmax.mutable_data_ptr();
     args.global_softmax = global_softmax.mutable_data_ptr();
     args.attended = attended.mutable_data_ptr();
-    args.partials = call.space.held({shape.batch, layout.chunks, shape.heads, layout.partial});
     args.local_out = local_out.mutable_data_ptr();
     args.global_out = global_out.mutable_data_ptr();
     const auto kernels = cpu::co_attention_forward(cpu::capability(), call.space.storage);
-    call.run(kernels.pack, args, shape.heads + 1, call.pack_products());
-    call.run(kernels.prologue, args, shape.batch * shape.heads, call.prologue_products());
-    call.run(kernels.local, args, shape.batch * layout.chunks, call.local_products());
-    call.run(kernels.finish, args, shape.batch * layout.row_blocks, call.finish_products());
+    call.run(kernels.pack, args, shape.heads + 1, layout.pack_products(shape));
+    run_co_attention(call.space, kernels, args);
   }
   return {local_out, global_out, local_softmax, global_softmax, attended};
 }
@@ -365,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   args.grad_global_in = grad_global_in.mutable_data_ptr();
 
   const auto kernels = cpu::co_attention_backward(cpu::capability(), space.storage);
-  call.run(kernels.pack, args, h + 1, 2 * call.pack_products());
-  call.run(kernels.prologue, args, B * h, 2 * call.prologue_products());
-  call.run(kernels.local, args, B * layout.chunks, 3 * call.local_products());
+  call.run(kernels.pack, args, h + 1, 2 * layout.pack_products(shape));
+  call.run(kernels.prologue, args, B * h, 2 * layout.prologue_products(shape));
+  call.run(kernels.local, args, B * layout.chunks, 3 * layout.local_products(shape));
   call.run(kernels.heads, args, B * h, 3 * M * shape.head_dim * shape.local_width);
-  call.run(kernels.finish, args, B * layout.row_blocks, 3 * call.finish_products());
+  call.run(kernels.finish, args, B * layout.row_blocks, 3 * layout.finish_products(shape));
   with_accumulator(space.storage, [&](auto value) {
     using Acc = decltype(value);
     gradients_of_weights(

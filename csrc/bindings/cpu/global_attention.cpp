@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "bindings/cpu/workspace.h"
+#include "bindings/cpu/forward_steps.h"
 #include "cpu/capability.h"
 
 namespace dsnet {
@@ -68,21 +68,9 @@ std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
   const auto kernels = cpu::global_attention_forward(cpu::capability(), call.storage);
-  const int64_t M = shape.tokens, all_heads = shape.batch * num_heads;
-  const int64_t size = layout.scratch(shape);
   call.run<cpu::AttentionProjection>(
-      kernels.pack, args, size, num_heads + 1, 4 * call.head_products());
-  if (layout.is_few) {
-    call.run(
-        kernels.few, args, size, all_heads, M * (call.head_products() + 2 * M * shape.head_dim));
-    return {out, lse};
-  }
-  args.qkv = call.held({all_heads, M, layout.head});
-  args.keys = call.held({all_heads, shape.head_dim, layout.keys});
-  call.run<cpu::AttentionProjection>(kernels.project, args, size, shape.batch * layout.token_blocks,
-      num_heads * call.head_products() * cpu::AttentionLayout::token_block);
-  call.run(kernels.attend, args, size, all_heads * layout.query_blocks,
-      2 * M * shape.head_dim * cpu::AttentionLayout::query_block);
+      kernels.pack, args, layout.scratch(shape), num_heads + 1, 4 * call.head_products());
+  run_attention(call, kernels, args, layout);
   return {out, lse};
 }
 

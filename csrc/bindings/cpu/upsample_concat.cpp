@@ -3,7 +3,8 @@
 
 #include <tuple>
 
-#include "bindings/cpu/workspace.h"
+#include "bindings/cpu/forward_steps.h"
+#include "bindings/cpu/packed_weight.h"
 #include "cpu/capability.h"
 
 namespace dsnet {
@@ -33,18 +34,9 @@ class Call : public Workspace {
     args.local = pixels_of<cpu::Pixels>(local_);
     args.global = pixels_of<cpu::Pixels>(global_);
     args.weight = view_of("weight", weight_);
-    args.factors = view_of("branch_scale", factors_);
+    args.factors = optional_view_of(*this, "branch_scale", factors_);
     args.rows = rows_.taps();
     args.columns = columns_.taps();
-  }
-
-  static OptionalTensor contiguous_of(const OptionalTensor& parameter) {
-    return parameter.has_value() ? OptionalTensor(as_contiguous(*parameter)) : std::nullopt;
-  }
-  using Workspace::view_of;
-  cpu::Parameter view_of(const char* name, const OptionalTensor& contiguous) const {
-    return contiguous.has_value() ? Workspace::view_of(name, *contiguous)
-                                  : cpu::Parameter{nullptr, false};
   }
 
   Tensor empty_output(int64_t channels, int64_t height, int64_t width) const {
@@ -71,11 +63,11 @@ Tensor upsample_concat(const Tensor& local, const Tensor& global, const Tensor& 
   Tensor out = call.empty_output(shape.channels, shape.height, shape.width);
   if (shape.batch == 0) return out;
 
-  const OptionalTensor bias_source = Call::contiguous_of(bias);
+  const OptionalTensor bias_source = contiguous_of(bias);
   OptionalTensor residual_source;
   cpu::UpsampleForward args{};
   call.describe(args);
-  args.bias = call.view_of("bias", bias_source);
+  args.bias = optional_view_of(call, "bias", bias_source);
   if (residual.has_value()) {
     residual_source = with_adjacent_channels(*residual);
     args.residual = pixels_of<cpu::Pixels>(*residual_source);
@@ -83,16 +75,13 @@ Tensor upsample_concat(const Tensor& local, const Tensor& global, const Tensor& 
   args.bias_row = call.held({layout.channels});
   args.packed_local = call.held({shape.local_channels, layout.channels});
   args.packed_global = call.held({shape.global_channels, layout.channels});
-  args.mixed = call.held({shape.global_tokens(), layout.channels});
   args.out = out.mutable_data_ptr();
 
   const auto kernels = cpu::upsample_concat_forward(cpu::capability(), call.storage);
-  const int64_t size = layout.scratch(shape), C = shape.channels;
   // Moving a value costs about as much as four products.
-  call.run(kernels.pack, args, size, layout.packs, 4 * cpu::lanes * shape.weight_columns());
-  call.run(kernels.mix_global, args, size, layout.global_blocks,
-      cpu::UpsampleLayout::block * shape.global_channels * C);
-  call.run(kernels.mix, args, size, shape.rows(), shape.width * C * (shape.local_channels + 16));
+  call.run(kernels.pack, args, layout.scratch(shape), layout.packs,
+      4 * cpu::lanes * shape.weight_columns());
+  run_upsample_concat(call, kernels, args);
   return out;
 }
 

@@ -56,6 +56,23 @@ class Workspace {
     return held_.back().mutable_data_ptr();
   }
 
+  // Gives back, at its end, the memory held since.
+  class Mark {
+   public:
+    explicit Mark(Workspace& space)
+        : space_(space), places_(space.places_), held_(space.held_.size()) {}
+    ~Mark() {
+      space_.places_ = places_;
+      while (space_.held_.size() > held_) space_.held_.pop_back();
+    }
+    Mark(const Mark&) = delete;
+    Mark& operator=(const Mark&) = delete;
+
+   private:
+    Workspace& space_;
+    size_t places_, held_;
+  };
+
   cpu::Parameter view_of(const char* name, const Tensor& contiguous) const {
     const ScalarType dtype = contiguous.scalar_type();
     check(dtype == leader_.scalar_type() || dtype == accumulator(), name, ": expected ",
