@@ -244,6 +244,16 @@ def test_wrong_results_here_fail_without_a_ratio(repository, monkeypatch, capsys
     assert "4 not compared" in printed
 
 
+def test_checkout_that_is_built_must_be_of_the_commit(repository, monkeypatch, capsys):
+    root = repository(0.01, 0.01)
+    monkeypatch.setattr(compare, "ROOT", root)
+    monkeypatch.setattr(compare, "checkout", lambda *_: pytest.fail("built"))
+    assert command.main(["compare", "HEAD", *ARGUMENTS, "--built", str(root)]) == 0
+    assert "4 same" in capsys.readouterr().out
+    assert command.main(["compare", "HEAD~1", *ARGUMENTS, "--built", str(root)]) == 2
+    assert "--built: expected a checkout of " in capsys.readouterr().err
+
+
 def test_unknown_commit_is_named(repository, monkeypatch, capsys):
     monkeypatch.setattr(compare, "ROOT", repository(0.01, 0.01))
     assert command.main(["compare", "no-such-branch", *ARGUMENTS]) == 2

@@ -5,6 +5,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     names = [name for name in OPERATIONS if any(case.operation == name for case in CASES)]
     parser.add_argument("reference", metavar="GITREF", help="a commit, branch or tag")
+    parser.add_argument(
+        "--built",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of that commit which is built already (default: build one and remove it)",
+    )
     parser.add_argument("--model", choices=list_models(), default="dsnet_tiny")
     parser.add_argument("--work", choices=WORK, nargs="+", default=list(WORK))
     parser.add_argument("--op", choices=names, nargs="+", help="(default: all)")
@@ -74,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     with use_threads(args.threads):
         facts = report.environment(shlex.join(["python", "-m", "benchmarks", *args.argv]))
-        progress(f"building {commit[:12]}")
-        with checkout(ROOT, commit) as tree:
+        with _other(args.built, commit) as tree:
             chosen = list(_jobs(args))
             rows = _measure(chosen, tree, args)
             rows = confirmed(
@@ -90,6 +96,17 @@ def run(args: argparse.Namespace) -> int:
             report.write_atomically(args.json, result.to_json())
     bad = any(row.failed() or verdict(row, args.margin) == "slower" for row in rows)
     return 1 if bad else 0
+
+
+def _other(built: Path | None, commit: str) -> AbstractContextManager[Path]:
+    """The other side's checkout."""
+    if built is None:
+        progress(f"building {commit[:12]}")
+        return checkout(ROOT, commit)
+    found = commit_of(built, "HEAD")
+    if found != commit:
+        raise ValueError(f"--built: expected a checkout of {commit}, got one of {found}")
+    return nullcontext(built.resolve())
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[jobs.Job]:
