@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"{getattr(error, 'prog', prog)}: {_one_line(error)}", file=sys.stderr)
+            print(f"{getattr(error, 'prog', prog)}: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a user reads of an expected error."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

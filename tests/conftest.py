@@ -1,4 +1,4 @@
-"""What every test session does: finds ``benchmarks``, and skips tests that need a GPU."""
+"""What every session does: finds ``benchmarks``, skips what needs a GPU; and shared fixtures."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,19 @@ import torch
 
 # Behind the installed packages, which are under test.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Benchmarks with as few and as short samples as there can be."""
+    from dsnet.bench import models, ops, roofs, suite, timing
+
+    monkeypatch.setattr(ops, "BUDGET", 0.0)
+    monkeypatch.setattr(suite, "DETECTION_BUDGET", 0.0)
+    monkeypatch.setattr(roofs, "BUDGET", 0.0)
+    monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
+    monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 
@@ -11,7 +10,7 @@ import torch
 
 import dsnet_kernels
 from dsnet import cli
-from dsnet.bench import cases, models, ops, report, row, suite, table, timing
+from dsnet.bench import cases, ops, report, row, session, table
 from dsnet.bench.check import check_directions, check_errors
 from dsnet.bench.suite import Settings, tasks
 from dsnet.commands import bench, image_size
@@ -183,7 +182,7 @@ def test_report_survives_json():
 
 @pytest.mark.parametrize("text", ['{"schema": "other", "version": 1}', '{"version": 99}', "[]"])
 def test_foreign_report_is_refused(text):
-    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1"):
+    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1 or 2"):
         report.Report.from_json(text)
 
 
@@ -253,13 +252,13 @@ def test_image_sizes(text, size):
     ("path", "message"), [("no/file", "no such folder"), (".", "got the fold")]
 )
 def test_unwritable_result_is_refused_before_measuring(path, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(session, "take", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(ValueError, match=f"--json: .*{message}"):
         bench.run(parse("--json", str(tmp_path / path)))
 
 
 def test_empty_name_of_the_result_is_refused(monkeypatch):
-    monkeypatch.setattr(bench, "_rows", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(session, "take", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(ValueError, match="--json: expected a file or -, got ''"):
         bench.run(parse("--json", ""))
 
@@ -290,16 +289,6 @@ def test_detection_has_the_first_stage_of_every_case_on_one_large_image():
     assert {(s.number, s.batch, s.grid, s.global_grid) for s in stages} == {
         (1, 1, (200, 333), (25, 41))
     }
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """As few and as short samples as there can be."""
-    monkeypatch.setattr(ops, "BUDGET", 0.0)
-    monkeypatch.setattr(suite, "DETECTION_BUDGET", 0.0)
-    monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
-    shortest = functools.partial(timing.measure, min_sample=1e-4, rounds=(1, 1))
-    monkeypatch.setattr(row, "measure", shortest)
 
 
 SMALL = ["--threads", "1", "--baselines", "nchw", "channels_last", "--size", "64"]

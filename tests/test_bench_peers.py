@@ -10,7 +10,7 @@ from small_network import images, small
 
 import dsnet
 from dsnet import export
-from dsnet.bench import models, peers, table
+from dsnet.bench import models, packages, peers, table
 from dsnet.bench.peers import PEERS, Peer
 from dsnet.bench.report import Report
 from dsnet.bench.timing import Timing
@@ -23,12 +23,9 @@ BASELINES = ["eager_nchw", "eager_channels_last", "onnxruntime", "openvino"]
 def standing_in(monkeypatch):
     """Replaces what a peer's package does; the network goes by ``torch.save``, not as ONNX."""
 
-    def reference_onnx(name, state, shape):
-        assert all(
-            value.dtype in (torch.bfloat16, torch.float32, torch.int64) for value in state.values()
-        )
+    def reference_onnx(problem):
         file = io.BytesIO()
-        torch.save((name, state, tuple(shape)), file)
+        torch.save((problem.name, problem.rounded(), tuple(problem.images.shape)), file)
         return file.getvalue()
 
     def replace(name, outputs, package="torch"):
@@ -40,7 +37,7 @@ def standing_in(monkeypatch):
             def run(images):
                 assert (tuple(images.shape), images.dtype) == (shape, torch.float32)
                 assert threads == torch.get_num_threads()
-                return outputs(network(images))
+                return [outputs(network(images))]
 
             return run
 
@@ -52,7 +49,7 @@ def standing_in(monkeypatch):
     return replace
 
 
-def row(dtype=torch.float32, training=False, baselines=BASELINES):
+def row(dtype=torch.float32, training=False, baselines=BASELINES, exported=()):
     """A row whose contenders all take a second."""
     return models.model_row(
         "dsnet_tiny",
@@ -62,6 +59,7 @@ def row(dtype=torch.float32, training=False, baselines=BASELINES):
         training=training,
         backends=["reference"],
         baselines=baselines,
+        exported=exported,
         timer=lambda calls, budget: {name: Timing((1.0,), 1) for name in calls},
     )
 
@@ -153,6 +151,48 @@ def test_versions_of_the_peers_named(monkeypatch):
     )
     assert peers.versions(["eager_nchw", *PEERS]) == {"pytest": pytest.__version__}
     assert peers.versions(["eager_nchw"]) == {}
+
+
+# Packages of ours
+
+
+def packaged(monkeypatch, outputs, **arguments):
+    """A row with packages that compute ``outputs`` of our network's logits."""
+
+    def write(network, path, images, any_batch):
+        assert path.parent.is_dir()
+        assert not any_batch
+        return lambda images: [outputs(network(images))]
+
+    kinds = {
+        name: dataclasses.replace(export.FORMATS[name], write=write) for name in export.FORMATS
+    }
+    monkeypatch.setattr(packages, "FORMATS", kinds)
+    return row(baselines=["eager_nchw"], exported=list(packages.PACKAGES), **arguments)
+
+
+def test_packages_are_checked_and_timed_as_ours(monkeypatch):
+    result = packaged(monkeypatch, lambda logits: logits)
+    found = {each.name: each for each in result.ours()}
+    assert set(found) == {"reference", "auto, torch.export", "auto, aoti"}
+    for each in found.values():
+        assert (each.problem, each.median, each.ratio) == (None, 1.0, 1.0)
+    assert found["auto, aoti"].compile_seconds > 0
+    assert "auto, aoti→" in rendered(result)
+
+
+def test_package_that_is_wrong_fails_the_row(monkeypatch):
+    result = packaged(monkeypatch, lambda logits: logits * 1.01)
+    assert result.failed()
+    assert "ours auto, aoti, 1 images, inference: check failed: logits" in rendered(result)
+
+
+def test_packages_are_left_out_of_training_and_of_dtypes_they_do_not_take(monkeypatch):
+    result = packaged(monkeypatch, lambda logits: logits, training=True)
+    assert {each.name for each in result.ours()} == {"reference"}
+    assert "aoti is left out of training" in rendered(result)
+    reason = packages.refusal("aoti", torch.float16)
+    assert reason == "it computes in float32 and bfloat16 and float64, not in float16"
 
 
 # The real ones

@@ -11,7 +11,7 @@ import torch
 import dsnet
 import dsnet_kernels
 from dsnet import cli
-from dsnet.bench import cases, models
+from dsnet.bench import cases, networks
 from dsnet.bench import profile as package
 from dsnet.bench.profile import Part, Profile, Side, plot, render
 from dsnet.bench.profile.steps import BLOCK_STEPS, FUSED
@@ -260,8 +260,8 @@ def test_failed_check_is_told_and_compares_nothing(quick, capsys, monkeypatch):
     def wrong(values, *others):
         return judge({name: 0 * value for name, value in values.items()}, *others)
 
-    judge = models._judge
-    monkeypatch.setattr(models, "_judge", wrong)
+    judge = networks.judge
+    monkeypatch.setattr(networks, "judge", wrong)
     assert command() == 1
     out = capsys.readouterr().out
     assert "FAILED: check failed: logits: " in out

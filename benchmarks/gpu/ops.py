@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -10,16 +10,15 @@ import torch._functorch.config
 from torch import Tensor
 
 from dsnet.bench.cases import CASES, Case, Stage, stages
-from dsnet.bench.check import Check, both, check_directions, check_errors
 from dsnet.bench.ops import (
     DRAWS,
     Inputs,
     as_tuple,
     baseline,
     explain,
+    judge_of,
     make_inputs,
     ours,
-    reference_values,
 )
 from dsnet.bench.report import Row
 from dsnet.bench.row import Contender, run_row
@@ -110,13 +109,7 @@ def op_rows(
     contenders += [ours(name, case, inputs) for name in backends]
     flops, elements = (part(stage)[int(backward)] for part in (case.flops, case.elements))
     with torch.inference_mode(not backward):
-        references, oracle = reference_values(case, draws)
-
-        def judge(values: Mapping[str, Tensor], slack: float) -> Check:
-            return both(
-                check_errors(values, references, oracle, slack),
-                check_directions(values, references, oracle),
-            )
+        judge = judge_of(case, draws)
 
         def row(entered: list[Contender], suffix: str) -> Row:
             return run_row(

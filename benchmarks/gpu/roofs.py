@@ -2,6 +2,8 @@
 
 import torch
 
+from dsnet.bench.roofs import copy, product
+
 from .clock import timer
 from .program import Context
 
@@ -14,19 +16,17 @@ BUDGET = 2.0
 def run(context: Context) -> None:
     copy_bytes = DRY["copy_bytes"] if context.dry_run else COPY_BYTES
     size = DRY["matrix"] if context.dry_run else MATRIX
-    # Random numbers: products of zeros draw less power and run faster.
-    kind = {"dtype": torch.bfloat16, "device": context.device}
-    source = torch.randn(copy_bytes // 2, **kind)
-    target = torch.empty_like(source)
-    a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
-    calls = {"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}
+    calls = {
+        "copy": copy(copy_bytes, torch.bfloat16, context.device),
+        "matrix": product(size, torch.bfloat16, context.device),
+    }
     timings = timer(context.device)(calls, budget=BUDGET)
-    copy, matrix = timings["copy"], timings["matrix"]
+    copied, multiplied = timings["copy"], timings["matrix"]
     context.results = {
-        "copy_bytes_per_second": 2 * copy_bytes / copy.median,
-        "copy_seconds": [copy.median, *copy.quartiles],
-        "matrix_flops_per_second": 2 * size**3 / matrix.median,
-        "matrix_seconds": [matrix.median, *matrix.quartiles],
+        "copy_bytes_per_second": 2 * copy_bytes / copied.median,
+        "copy_seconds": [copied.median, *copied.quartiles],
+        "matrix_flops_per_second": 2 * size**3 / multiplied.median,
+        "matrix_seconds": [multiplied.median, *multiplied.quartiles],
         "copy_bytes": copy_bytes,
         "matrix": size,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dsnet.bench.report import Result, Row
+from dsnet.bench.report import Result, Row, row_of
 
 from .phases import Phase
 from .record import Record
@@ -41,12 +41,6 @@ def render(record: Record) -> str:
         lines += _table(_model_table(models, record.dry_run))
     lines += ["", LEGEND]
     return "\n".join(lines) + "\n"
-
-
-def row_of(fields: dict[str, Any]) -> Row:
-    """A row from its JSON fields."""
-    results = tuple(Result(**result) for result in fields["results"])
-    return Row(**fields | {"results": results, "shape": tuple(fields["shape"])})
 
 
 def _results(record: Record, name: str) -> dict[str, Any]:

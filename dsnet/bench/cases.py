@@ -38,6 +38,7 @@ class Stage:
     num_heads: int
     grid: tuple[int, int]
     global_grid: tuple[int, int]
+    image: tuple[int, int]
 
 
 def stages(model: str, batch: int, size: tuple[int, int]) -> list[Stage]:
@@ -49,7 +50,7 @@ def stages(model: str, batch: int, size: tuple[int, int]) -> list[Stage]:
         local, global_ = stream_widths(channels, heads, 0.5)
         grid = tuple(n // reduction for n in size)
         coarse = tuple(max(1, n // PAPER_REDUCTION[i]) for n in grid)
-        result.append(Stage(i + 1, batch, channels, local, global_, heads, grid, coarse))
+        result.append(Stage(i + 1, batch, channels, local, global_, heads, grid, coarse, size))
     return result
 
 

@@ -14,7 +14,7 @@ from dsnet_kernels import reference
 from .cases import Case, Function, Stage
 from .check import Check, Values, both, check_directions, check_errors
 from .report import Row
-from .row import BASELINES, EAGER_BASELINES, SDPA, Contender, run_row
+from .row import BASELINES, EAGER_BASELINES, SDPA, Contender, Judge, run_row
 
 BUDGET = 0.5
 """Seconds of timing per row."""
@@ -101,6 +101,19 @@ def reference_values(case: Case, draws: Iterable[Inputs]) -> tuple[list[Values],
     return references, oracle
 
 
+def judge_of(case: Case, draws: Sequence[Inputs]) -> Judge:
+    """The check of values on the first of ``draws``: errors, and directions."""
+    references, oracle = reference_values(case, draws)
+
+    def judge(values: Mapping[str, Tensor], slack: float) -> Check:
+        return both(
+            check_errors(values, references, oracle, slack),
+            check_directions(values, references, oracle),
+        )
+
+    return judge
+
+
 def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
     """The reference, eagerly in either layout or compiled, or a composition with torch's SDPA.
 
@@ -172,17 +185,9 @@ def op_row(
     contenders = [baseline(name, case, inputs) for name in named or case.baselines]
     contenders += [ours(name, case, inputs) for name in backends]
     with torch.inference_mode(not backward):
-        references, oracle = reference_values(case, draws)
-
-        def judge(values: Mapping[str, Tensor], slack: float) -> Check:
-            return both(
-                check_errors(values, references, oracle, slack),
-                check_directions(values, references, oracle),
-            )
-
         return run_row(
             contenders,
-            judge,
+            judge_of(case, draws),
             budget=BUDGET if budget is None else budget,
             roof=partial(torch.empty_like(leading).copy_, leading),
             memory=memory,
@@ -196,6 +201,7 @@ def op_row(
             flops=flops,
             bytes=moved,
             notes=_notes(case, inputs, backends),
+            image=stage.image,
         )
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dsnet.export import onnx_bytes, require
-from dsnet.model import create_model
 
+from .networks import Outputs, Problem, named
 from .row import Contender
 
 EXPORT_PACKAGES = ("onnx", "onnxscript")
 
-Network = Callable[[Tensor], Tensor]
-"""From float32 images to float32 logits."""
+Network = Callable[[Tensor], Sequence[Tensor]]
+"""From float32 images to float32 logits, or to a backbone's maps."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ def contender(name: str, onnx: Callable[[], bytes], images: Tensor) -> Contender
     def network() -> Network:
         return PEERS[name].load(onnx(), images.dtype, torch.get_num_threads())
 
-    def infer() -> Tensor:
-        return network()(images.contiguous().float()).to(images.dtype)
+    def infer() -> Outputs:
+        outputs = [each.to(images.dtype) for each in network()(images.contiguous().float())]
+        return outputs[0] if len(outputs) == 1 else outputs
 
-    return Contender(name, "baseline", infer, lambda: {"logits": infer()}, compiles=True)
+    return Contender(name, "baseline", infer, lambda: named(infer()), compiles=True)
 
 
-def reference_onnx(name: str, state: dict[str, Tensor], shape: Sequence[int]) -> bytes:
-    """The reference network ``name`` with the weights of ``state``, for images of one shape."""
+def reference_onnx(problem: Problem) -> bytes:
+    """The reference network in float32 with the rounded weights, for images of one shape."""
     with torch.inference_mode(False):
-        model = create_model(name, backend="reference").eval()
-        model.load_state_dict(state)
-        return onnx_bytes(model, torch.zeros(*shape))
+        model = problem.network("reference", torch.float32)
+        return onnx_bytes(model, torch.zeros(problem.images.shape))
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
@@ -97,8 +97,8 @@ def _onnxruntime(model: bytes, dtype: torch.dtype, threads: int) -> Network:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
 
     return run
 
@@ -119,8 +119,9 @@ def _openvino(model: bytes, dtype: torch.dtype, threads: int) -> Network:
     if chosen != precision:
         raise RuntimeError(f"computes in {chosen}, not in {precision}, on this processor")
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(images.numpy())[0])
+    def run(images: Tensor) -> list[Tensor]:
+        results = compiled(images.numpy())
+        return [torch.from_numpy(results[i]) for i in range(len(compiled.outputs))]
 
     return run
 

@@ -8,12 +8,15 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SCHEMA = "dsnet-bench"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions; the first has no roofs, and rows without image, threads and series."""
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,6 +73,10 @@ class Row:
         best: the name of the fastest baseline whose check passed.
         results: the contenders.
         notes: what a reader must know to judge the row.
+        image: rows and columns of the image that the shape belongs to.
+        threads: of this row; None for those of the machine in the report.
+        series: ``batch``, ``size`` or ``threads``, whichever varies along the curve that the row is
+            a point of; empty for a row by itself.
     """
 
     kind: str
@@ -84,6 +91,9 @@ class Row:
     best: str | None
     results: tuple[Result, ...]
     notes: tuple[str, ...] = ()
+    image: tuple[int, int] | None = None
+    threads: int | None = None
+    series: str = ""
 
     def result(self, name: str) -> Result | None:
         """The baseline or roof of that name."""
@@ -117,8 +127,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Roof:
+    """What the machine reaches at one kind of work, timed in the run that it is compared with.
+
+    Args:
+        name: ``copy`` in memory, ``copy in cache``, or ``product`` of matrices.
+        dtype: of the elements.
+        work: of a call: bytes read and written, or FLOPs.
+        median: seconds per call.
+        quartiles: first and third, of the rounds.
+    """
+
+    name: str
+    dtype: str
+    work: int
+    median: float
+    quartiles: tuple[float, float]
+
+    @property
+    def rate(self) -> float:
+        """Bytes or FLOPs per second."""
+        return self.work / self.median
+
+
+@dataclass(frozen=True)
 class Report:
-    """A run of ``dsnet bench``."""
+    """A run of ``dsnet bench``, or of ``python -m benchmarks``."""
 
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -127,8 +161,16 @@ class Report:
     command: str
     seconds: float
     rows: tuple[Row, ...]
+    roofs: tuple[Roof, ...] = ()
     schema: str = SCHEMA
     version: int = VERSION
+
+    def roof(self, name: str, dtype: str | None = None) -> Roof | None:
+        """The roof of that name, and of that dtype if one is given."""
+        for roof in self.roofs:
+            if roof.name == name and dtype in (None, roof.dtype):
+                return roof
+        return None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
@@ -138,22 +180,25 @@ class Report:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: for text that is no report of this version.
+            ValueError: for text that is no report of a version in :data:`READABLE`.
         """
         fields = json.loads(text)
         found = (fields.get("schema"), fields.get("version")) if isinstance(fields, dict) else None
-        if found != (SCHEMA, VERSION):
-            raise ValueError(f"report: expected {SCHEMA} version {VERSION}, got {found}")
-        rows = tuple(_row(row) for row in fields.pop("rows"))
-        return cls(**fields, rows=rows)
+        if found not in [(SCHEMA, version) for version in READABLE]:
+            versions = " or ".join(map(str, READABLE))
+            raise ValueError(f"report: expected {SCHEMA} version {versions}, got {found}")
+        rows = tuple(row_of(row) for row in fields.pop("rows"))
+        roofs = tuple(Roof(**_tuples(roof)) for roof in fields.pop("roofs", ()))
+        return cls(**fields | {"version": VERSION}, rows=rows, roofs=roofs)
 
 
-def _row(fields: dict[str, Any]) -> Row:
-    fields["results"] = tuple(Result(**_tuples(result)) for result in fields["results"])
-    return Row(**_tuples(fields))
+def row_of(fields: Mapping[str, Any]) -> Row:
+    """A row from its JSON fields."""
+    results = tuple(Result(**_tuples(result)) for result in fields["results"])
+    return Row(**_tuples(fields) | {"results": results})
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
@@ -219,7 +264,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

@@ -33,9 +33,13 @@ class Settings:
         backends: ours.
         batches: images per call.
         baselines: to compare with.
-        mode: ``"ops"``, ``"inference"``, ``"training"``, ``"all"`` for these three, or
-            ``"detection"``: the operations of the first stage on one large image, with memory.
+        mode: ``"ops"``, ``"inference"``, ``"training"``, ``"all"`` for these three;
+            ``"detection"``: the operations of the first stage on one large image, with memory; or
+            ``"backbone"``: inference up to the stages' maps on one large image, with memory.
         budget: seconds of timing per row.
+        operations: those measured alone, as the cases name them; None for all.
+        stages: of which they are measured.
+        exported: packages of ours that a network's inference is measured as too.
     """
 
     model: str = "dsnet_tiny"
@@ -46,6 +50,14 @@ class Settings:
     baselines: Sequence[str] | None = None
     mode: str = "all"
     budget: float | None = None
+    operations: Sequence[str] | None = None
+    stages: Sequence[int] = (1, 2, 3, 4)
+    exported: Sequence[str] = ()
+
+    def cases(self) -> list[Case]:
+        """The cases of :attr:`operations`."""
+        names = self.operations
+        return [case for case in CASES if names is None or case.operation in names]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ def tasks(settings: Settings) -> list[Task]:
         "inference": (_inference_tasks,),
         "training": (_training_tasks,),
         "detection": (_detection_tasks,),
+        "backbone": (_backbone_tasks,),
     }
     return [task for make in modes[settings.mode] for task in make(settings)]
 
@@ -82,9 +95,10 @@ def _op_tasks(settings: Settings) -> Iterator[Task]:
     for dtype in settings.dtypes:
         for size in settings.sizes or SIZES:
             for batch in settings.batches or OP_BATCHES:
-                for case in CASES:
+                for case in settings.cases():
                     for stage in stages(settings.model, batch, size):
-                        yield from _both_passes(case, stage, dtype, _common(settings))
+                        if stage.number in settings.stages:
+                            yield from _both_passes(case, stage, dtype, _common(settings))
 
 
 def _detection_tasks(settings: Settings) -> Iterator[Task]:
@@ -92,7 +106,7 @@ def _detection_tasks(settings: Settings) -> Iterator[Task]:
     for dtype in settings.dtypes:
         for size in settings.sizes or DETECTION_SIZES:
             for batch in settings.batches or DETECTION_BATCHES:
-                for case in CASES:
+                for case in settings.cases():
                     first = stages(settings.model, batch, size)[0]
                     yield from _both_passes(case, first, dtype, options)
 
@@ -106,28 +120,34 @@ def _both_passes(
         yield Task(title, partial(op_row, case, stage, dtype=dtype, backward=backward, **options))
 
 
-def _model_tasks(settings: Settings, batches: Sequence[int], training: bool) -> Iterator[Task]:
-    work = "training step" if training else "inference"
+def _model_tasks(
+    settings: Settings,
+    work: str,
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    **options: Any,
+) -> Iterator[Task]:
+    options = {"training": False} | options | _common(settings)
+    options["exported"] = settings.exported
     for dtype in settings.dtypes:
-        for size in settings.sizes or SIZES:
+        for size in settings.sizes or sizes:
             for batch in settings.batches or batches:
                 yield Task(
                     f"{settings.model} {work}, batch {batch}",
                     partial(
-                        model_row,
-                        settings.model,
-                        batch=batch,
-                        size=size,
-                        dtype=dtype,
-                        training=training,
-                        **_common(settings),
+                        model_row, settings.model, batch=batch, size=size, dtype=dtype, **options
                     ),
                 )
 
 
 def _inference_tasks(settings: Settings) -> Iterator[Task]:
-    return _model_tasks(settings, INFERENCE_BATCHES, training=False)
+    return _model_tasks(settings, "inference", INFERENCE_BATCHES)
 
 
 def _training_tasks(settings: Settings) -> Iterator[Task]:
-    return _model_tasks(settings, TRAINING_BATCHES, training=True)
+    return _model_tasks(settings, "training step", TRAINING_BATCHES, training=True)
+
+
+def _backbone_tasks(settings: Settings) -> Iterator[Task]:
+    options = {"budget": DETECTION_BUDGET, "features": True, "memory": True}
+    return _model_tasks(settings, "backbone", DETECTION_BATCHES, DETECTION_SIZES, **options)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from .report import Report, Result, Row
+from .report import Report, Result, Roof, Row
+from .roofs import PRODUCT, bound
 
 BASELINES = {
     "eager_nchw": "eager NCHW",
@@ -21,27 +22,55 @@ LEGEND = (
     "a copy reaches, timed too (a cache serves small ones). check: error over what is allowed.",
 )
 
+ROOF_LEGEND = (
+    *LEGEND[:1],
+    "over ours; ~: no difference at 95 % confidence. GB/s by formula. of roof: the least time over",
+    "ours: that of the bytes at a copy's rate (m; a cache serves small ones) or that of the FLOPs",
+    "at a matrix product's (a; the equations' FLOPs, of which ours saves some), the longer one.",
+    "check: error over what is allowed.",
+)
+
 MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
 
 
 def render(report: Report) -> str:
     """The machine, a table per operation and one of models, notes, and failures."""
-    lines = list(_heading(report))
-    for rows in _grouped(report.rows):
-        first = rows[0]
-        lines += ["", f"{first.subject}, {first.dtype}"]
-        uses = dict.fromkeys(row.use for row in rows if row.kind == "op")
-        lines += [f"  {use}" for use in uses]
-        table = _op_table(rows) if first.kind == "op" else _model_table(rows)
-        lines += _aligned(table)
-        lines += _remarks(rows)
-    lines += ["", *LEGEND]
-    if any(_has_memory(row) for row in report.rows):
-        lines.append(MEMORY_LEGEND)
+    lines = facts(report)
+    for rows in grouped(report.rows):
+        lines += ["", title(rows)]
+        lines += [f"  {use}" for use in uses(rows)]
+        lines += aligned(cells(rows, report))
+        lines += [f"  {line}" for line in remarks(rows)]
+    lines += ["", *legend(report)]
     return "\n".join(lines) + "\n"
 
 
-def _heading(report: Report) -> Iterable[str]:
+def title(rows: Sequence[Row]) -> str:
+    """Of a table of :func:`grouped` rows."""
+    series = f", by {rows[0].series}" if rows[0].series else ""
+    return f"{rows[0].subject}, {rows[0].dtype}{series}"
+
+
+def uses(rows: Sequence[Row]) -> list[str]:
+    """What the operation computes, for each of its uses."""
+    return list(dict.fromkeys(row.use for row in rows if row.kind == "op"))
+
+
+def cells(rows: Sequence[Row], report: Report) -> list[list[str]]:
+    """A table, its heading first, of :func:`grouped` rows."""
+    return _op_table(rows, report) if rows[0].kind == "op" else _model_table(rows)
+
+
+def legend(report: Report) -> list[str]:
+    """What the columns mean."""
+    lines = list(ROOF_LEGEND if report.roofs else LEGEND)
+    if any(map(_has_memory, report.rows)):
+        lines.append(MEMORY_LEGEND)
+    return lines
+
+
+def heading(report: Report) -> Iterable[str]:
+    """Where, with what, when and by which command."""
     machine, versions = report.machine, report.versions
     yield (
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores,"
@@ -52,49 +81,77 @@ def _heading(report: Report) -> Iterable[str]:
     yield f"{report.date}, {report.seconds:.0f} s: {report.command}"
 
 
-def _grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
+def facts(report: Report) -> list[str]:
+    """The heading, and the roofs where there are any."""
+    roofs = [f"roofs: {', '.join(map(_roof, report.roofs))}"] if report.roofs else []
+    return [*heading(report), *roofs]
+
+
+def _roof(roof: Roof) -> str:
+    unit = "GFLOP/s" if roof.name == PRODUCT else "GB/s"
+    return f"{roof.name} {roof.dtype} {digits(roof.rate / 1e9)} {unit}"
+
+
+def grouped(rows: Sequence[Row]) -> Iterable[list[Row]]:
+    """Those of a table each: of one operation or network in one dtype, and one series."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.kind, row.subject, row.dtype), []).append(row)
+        groups.setdefault((row.kind, row.subject, row.dtype, row.series), []).append(row)
     return groups.values()
 
 
-def _op_table(rows: Sequence[Row]) -> list[list[str]]:
+def _op_table(rows: Sequence[Row], report: Report) -> list[list[str]]:
     names = _baselines(rows)
     head = ["stage", "shape", "pass", *(BASELINES[name] for name in names)]
     memory = any(map(_has_memory, rows))
     columns = ["MB best", "ours"] if memory else []
-    table = [[*head, "ours", "backend", "vs best", *columns, "GB/s", "of copy", "check"]]
+    share = "of roof" if report.roofs else "of copy"
+    table = [[*head, "ours", "backend", "vs best", *columns, "GB/s", share, "check"]]
     for row in rows:
         lead = [f"{row.stage} {row.use.split(':')[0]}", _shape(row), SHORT[row.work]]
         for result in row.ours():
-            bandwidth, copy = row.bandwidth(result), row.copy_bandwidth()
-            rates = [
-                "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}",
-                "-" if bandwidth is None or copy is None else f"{bandwidth / copy:.0%}",
-            ]
+            bandwidth = row.bandwidth(result)
+            rate = "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}"
+            rates = [rate, _of_roof(row, result, report)]
             peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
             times = _times(row, names, result)
             table.append([*lead, *times, *peaks, *rates, _check(result)])
     return table
 
 
+def _of_roof(row: Row, result: Result, report: Report) -> str:
+    """Of the roofs, or of a copy's bandwidth where the report has none."""
+    bandwidth, copy = row.bandwidth(result), row.copy_bandwidth()
+    if bandwidth is None or copy is None:
+        return "-"
+    if not report.roofs:
+        return f"{bandwidth / copy:.0%}"
+    least = bound(row, report)
+    return "-" if least is None else f"{least.seconds / result.median:.0%} {least.by[0]}"
+
+
 def _model_table(rows: Sequence[Row]) -> list[list[str]]:
     names = _baselines(rows)
     head = ["work", "images", *(BASELINES[name] for name in names)]
-    table = [[*head, "ours", "backend", "vs best", "images/s", "check"]]
+    memory = any(map(_has_memory, rows))
+    columns = ["MB best", "ours"] if memory else []
+    table = [[*head, "ours", "backend", "vs best", *columns, "images/s", "check"]]
     for row in rows:
+        work = "backbone" if row.use == "backbone" else row.work
+        threads = f", {row.threads} threads" if row.threads else ""
         for result in row.ours():
             rate = "-" if result.problem else f"{row.shape[0] / result.median:.1f}"
+            peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
             times = _times(row, names, result)
-            table.append([row.work, _shape(row), *times, rate, _check(result)])
+            shape = f"{_shape(row)}{threads}"
+            table.append([work, shape, *times, *peaks, rate, _check(result)])
     return table
 
 
 def _times(row: Row, names: Sequence[str], ours: Result) -> list[str]:
     """Baselines, ours, its backend, the ratio."""
-    baselines = [_time(row.result(name), row.best == name) for name in names]
-    return [*baselines, _time(ours), _backend(ours), _ratio(ours)]
+    baselines = [time_of(row.result(name), row.best == name) for name in names]
+    return [*baselines, time_of(ours), _backend(ours), _ratio(ours)]
 
 
 def _baselines(rows: Sequence[Row]) -> list[str]:
@@ -105,17 +162,18 @@ def _shape(row: Row) -> str:
     return "×".join(str(length) for length in row.shape)
 
 
-def _time(result: Result | None, best: bool = False) -> str:
+def time_of(result: Result | None, best: bool = False) -> str:
+    """Milliseconds and their spread, a star behind that of the best baseline."""
     if result is None:
         return "-"
     if result.median is None:
         return "failed"
     first, third = result.quartiles
     spread = (third - first) / 2 / result.median
-    return f"{_digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
+    return f"{digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits without an exponent."""
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{decimals}f}"
@@ -128,7 +186,7 @@ def _has_memory(row: Row) -> bool:
 def _megabytes(result: Result | None) -> str:
     if result is None or result.peak_bytes is None:
         return "-"
-    return _digits(result.peak_bytes / 1e6)
+    return digits(result.peak_bytes / 1e6)
 
 
 def _backend(result: Result) -> str:
@@ -151,7 +209,8 @@ def _check(result: Result) -> str:
     return f"{result.error:.2f}"
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the columns below each other, the first two to the left."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
     for cells in table:
@@ -163,7 +222,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """Compile times, which backend ran what, notes and problems, each once."""
     lines = []
     compiled = [r.compile_seconds for row in rows for r in row.results if r.compile_seconds]
@@ -176,15 +235,16 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         lines += row.notes
         for result in row.results:
             if row.kind == "model" and result.role == "ours":
-                lines.append(f"{result.name} runs {_by_backend(result.chosen)}")
+                lines.append(f"{result.name} runs {by_backend(result.chosen)}")
             if result.problem is not None:
                 name = f"{'ours ' if result.role == 'ours' else ''}{result.name}"
                 place = f"stage {row.stage}" if row.kind == "op" else f"{row.shape[0]} images"
                 lines.append(f"{name}, {place}, {row.work}: {result.problem}")
-    return [f"  {line}" for line in dict.fromkeys(lines)]
+    return list(dict.fromkeys(lines))
 
 
-def _by_backend(chosen: dict[str, str]) -> str:
+def by_backend(chosen: dict[str, str]) -> str:
+    """Which operations each backend runs."""
     backends: dict[str, list[str]] = {}
     for operation, name in chosen.items():
         backends.setdefault(name, []).append(operation)

@@ -13,8 +13,8 @@ Sample = Callable[[Callable[[], object], int], float]
 MIN_SAMPLE = 5e-3
 """Seconds a sample lasts at least: far above the clock's step and a scheduler's hiccup."""
 
-MIN_ROUNDS = 3
-"""However short the budget. A 95 % interval of a median takes six."""
+MIN_ROUNDS = 6
+"""However short the budget: as many as a 95 % interval of a median takes."""
 
 MAX_ROUNDS = 200
 
@@ -57,7 +57,7 @@ def measure(
     *,
     budget: float,
     min_sample: float = MIN_SAMPLE,
-    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
+    rounds: tuple[int, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sample: Sample | None = None,
 ) -> dict[str, Timing]:
@@ -70,14 +70,15 @@ def measure(
         calls: what to time, by name.
         budget: seconds for all rounds together.
         min_sample: seconds that one sample lasts at least.
-        rounds: the fewest and the most; the fewest hold whatever the budget.
+        rounds: the fewest and the most, by default :data:`MIN_ROUNDS` and :data:`MAX_ROUNDS`; the
+            fewest hold whatever the budget.
         clock: returns seconds.
         sample: measures otherwise than by ``clock``, which then rules the budget alone.
 
     Raises:
         ValueError: for rounds that are not 1 ≤ fewest ≤ most.
     """
-    fewest, most = rounds
+    fewest, most = rounds or (MIN_ROUNDS, MAX_ROUNDS)
     if not 1 <= fewest <= most:
         raise ValueError(f"rounds: expected 1 <= fewest <= most, got {rounds}")
     sample = sample or partial(_sample, clock=clock)

@@ -1,16 +1,18 @@
 """``dsnet bench``: fused against reference, on this machine."""
 
 import argparse
-import contextlib
 import shlex
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dsnet_kernels.backends import PREFERENCE
 
 from ..variants import list_models
 from . import at_least, image_size
+
+if TYPE_CHECKING:
+    from ..bench.suite import Settings, Task
 
 NAME = "bench"
 HELP = "time the fused operations and the networks against the reference"
@@ -42,6 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"{', '.join(list_models())} (default dsnet_tiny)",
     )
+    add_measurement(parser)
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="all",
+        help="the operations alone, a network's inference or training step, or all of these"
+        " (default); or detection: the first stage's operations on a large image, with peak memory,"
+        " which takes minutes and gigabytes",
+    )
+
+
+def add_measurement(
+    parser: argparse.ArgumentParser, baselines: Sequence[str] = ("--baselines",)
+) -> None:
+    """What every command that measures takes: inputs, threads, contenders, where results go.
+
+    Args:
+        parser: takes the arguments.
+        baselines: how the option that names them is called.
+    """
     parser.add_argument(
         "--batch",
         type=at_least(1),
@@ -68,20 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " named backend run as the reference",
     )
     parser.add_argument(
-        "--baselines",
+        *baselines,
+        dest="baselines",
         choices=[*BASELINES, "all"],
         nargs="+",
         help="the reference in these forms, each where it applies (default: the eager ones, compile"
         " for the operations with an affine, sdpa for attention); onnxruntime and openvino, for a"
         " network's inference, need the extra peers",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        default="all",
-        help="the operations alone, a network's inference or training step, or all of these"
-        " (default); or detection: the first stage's operations on a large image, with peak memory,"
-        " which takes minutes and gigabytes",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results; - prints them instead")
 
@@ -97,29 +112,50 @@ def cpu_backend(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import report
-    from ..bench.peers import versions
-    from ..bench.table import render
+    from ..bench.suite import tasks
+
+    command = shlex.join(["dsnet", *args.argv])
+    return measure(
+        args, command, lambda common: tasks(replace(common, model=args.model, mode=args.mode))
+    )
+
+
+def measure(
+    args: argparse.Namespace, command: str, choose: Callable[["Settings"], Sequence["Task"]]
+) -> int:
+    """Runs the tasks chosen for the arguments of :func:`add_measurement` and delivers the report.
+
+    Returns:
+        The exit status.
+    """
+    from ..bench.session import check_target, deliver, take
 
     refuse_absent(args.backends)
-    if args.json == "":
-        raise ValueError("--json: expected a file or -, got ''")
-    to_stdout = args.json == "-"
-    if args.json and not to_stdout:
-        report.check_writable(args.json)
-    start = time.monotonic()
-    with threads(args.threads):
-        environment = report.environment(shlex.join(["dsnet", *args.argv]))
-        environment["versions"] |= versions(_baselines(args.baselines) or ())
-        rows = tuple(_rows(args))
-    result = report.Report(**environment, seconds=time.monotonic() - start, rows=rows)
-    if to_stdout:
-        print(result.to_json(), end="")
-    else:
-        print(render(result), end="")
-        if args.json:
-            report.write_atomically(args.json, result.to_json())
-    return 1 if any(row.failed() for row in rows) else 0
+    check_target(args.json)
+    chosen = settings(args)
+    report = take(
+        command,
+        choose(chosen),
+        threads=args.threads,
+        dtypes=chosen.dtypes,
+        baselines=chosen.baselines or (),
+    )
+    return deliver(report, args.json)
+
+
+def settings(args: argparse.Namespace) -> "Settings":
+    """Of the arguments of :func:`add_measurement`: all but the network and the mode."""
+    import torch
+
+    from ..bench.suite import Settings
+
+    return Settings(
+        sizes=args.size,
+        dtypes=[getattr(torch, name) for name in args.dtype],
+        backends=list(dict.fromkeys(args.backends)),
+        batches=args.batch,
+        baselines=_baselines(args.baselines),
+    )
 
 
 def refuse_absent(backends: list[str]) -> None:
@@ -139,48 +175,3 @@ def _baselines(names: list[str] | None) -> list[str] | None:
     if names is None:
         return None
     return [BASELINES[name] for name in (BASELINES if "all" in names else names)]
-
-
-def _rows(args: argparse.Namespace) -> Iterator:
-    import torch
-
-    from ..bench.suite import Settings, tasks
-
-    chosen = tasks(
-        Settings(
-            model=args.model,
-            sizes=args.size,
-            dtypes=[getattr(torch, name) for name in args.dtype],
-            backends=list(dict.fromkeys(args.backends)),
-            batches=args.batch,
-            baselines=_baselines(args.baselines),
-            mode=args.mode,
-        )
-    )
-    try:
-        for index, task in enumerate(chosen):
-            _progress(f"[{index + 1}/{len(chosen)}] {task.title}")
-            yield task.run()
-    finally:
-        _progress("")
-
-
-def _progress(text: str) -> None:
-    """Replaces the last line on a terminal; says nothing elsewhere."""
-    if sys.stderr.isatty():
-        # The escape sequence clears the rest of the line.
-        sys.stderr.write(f"\r{text}\x1b[K")
-        sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Within it PyTorch has so many threads; None leaves them."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

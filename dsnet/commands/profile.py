@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bench import report
     from ..bench.profile import Profile, profile, render
-    from .bench import threads
+    from ..bench.session import use_threads
 
     _check_files(args)
     device = _device(args.device)
     start = time.monotonic()
-    with threads(args.threads):
+    with use_threads(args.threads):
         environment = report.environment(shlex.join(["dsnet", *args.argv]))
         fields = profile(
             args.model,

@@ -11,7 +11,7 @@ from typing import Any
 from dsnet.export import require
 
 from ..report import write_atomically
-from ..table import _digits
+from ..table import digits
 from .report import Part, Profile, Side
 from .table import percent
 
@@ -148,7 +148,7 @@ def _whole(axes: Any, profile: Profile) -> None:
                 )  # fmt: skip
             left += width
         _bracket(axes, side, height + 0.31)
-        text = f" {_digits(left)} ms"
+        text = f" {digits(left)} ms"
         if side is profile.after and profile.ratio is not None:
             text += f", {profile.ratio:.2f}× as fast"
         axes.text(left, height, text, va="center", weight="bold", bbox=PAPER)
@@ -189,7 +189,7 @@ def _blocks(axes: Any, profile: Profile) -> None:
                 bottom += height
             tops.append(bottom)
             if len(places) <= 10:
-                axes.text(x + offset, bottom, _digits(bottom), ha="center", va="bottom", size=8)
+                axes.text(x + offset, bottom, digits(bottom), ha="center", va="bottom", size=8)
     labels = ["{}.{}".format(*place) for place in places]
     many = len(places) > 20
     axes.set_xticks(range(len(places)), labels, color=INK, rotation=90 if many else 0)

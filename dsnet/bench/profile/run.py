@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsnet.model import create_model
 from dsnet.optimize import optimize
 
-from .. import models
+from .. import models, networks
 from ..cases import stages
 from ..check import Check
 from ..timing import Timing, compare, measure
@@ -56,33 +55,24 @@ def profile(
     Returns:
         The fields of a :class:`Profile` but for the environment.
     """
-    generator = torch.Generator().manual_seed(0)
-    state = models._random_state(name, generator)
-    images = torch.randn((batch, 3, *size), generator=generator).to(device, dtype)
-    labels = torch.randint(1000, (batch,), generator=generator).to(device)
-
-    def build(backend: str, dtype: torch.dtype = dtype) -> nn.Module:
-        # Without initial values, which would take longer than all else.
-        model = create_model(name, device="meta", dtype=dtype, backend=backend)
-        model.to_empty(device=device)
-        # Rounded first, so that the oracle starts from the weights as the others have them.
-        model.load_state_dict({key: models._rounded(v, images.dtype) for key, v in state.items()})
-        return model.train(training)
-
-    reference, ours = build("reference"), build("auto")
+    problem = networks.Problem.random(
+        name, batch=batch, size=size, dtype=dtype, training=training, device=device
+    )
+    images, labels = problem.images, problem.labels
+    reference, ours = problem.network("reference"), problem.network("auto")
     if not training:
         ours = optimize(ours)
-    networks = {"before": reference, "after": ours}
-    check = _check(networks, build("reference", torch.float64), images, labels)
+    compared = {"before": reference, "after": ours}
+    check = _check(compared, problem)
     call = partial(run, images=images, labels=labels if training else None)
-    counts = {side: count(model, call, device) for side, model in networks.items()}
+    counts = {side: count(model, call, device) for side, model in compared.items()}
     published = published_macs(reference, counts["before"], stages(name, batch, size))
     whole = any(step.operation == OTHER.operation and step.block for step, _ in counts["after"])
     fused = {step.operation for (step, _), each in counts["after"].items() if each.ours}
     fused = (fused | FUSED.keys() | set(BLOCK_STEPS if whole else ())) - {OTHER.operation}
-    watches = {side: Times(_clock(device)) for side in networks}
+    watches = {side: Times(_clock(device)) for side in compared}
     calls: dict[str, Callable[[], object]] = {}
-    for side, model in networks.items():
+    for side, model in compared.items():
         calls[side] = partial(call, model)
         calls[f"{side}, watched"] = partial(call, model, watch=watches[side])
     seconds = BUDGET["training" if training else "inference"] if budget is None else budget
@@ -139,7 +129,7 @@ def run(
             model.zero_grad()
         logits = model(images.contiguous(memory_format=torch.channels_last))
         if labels is not None:
-            models._loss(logits, labels).backward()
+            networks.loss(logits, labels).backward()
         return
     with followed(watch), _without_graphs(model):
         watch.start()
@@ -150,7 +140,7 @@ def run(
         logits = model(images)
         watch.mark(HEAD, logits)
     if labels is not None:
-        loss = models._loss(logits, labels)
+        loss = networks.loss(logits, labels)
         watch.mark(OTHER, loss)
         loss.backward()
     watch.stop()
@@ -179,17 +169,15 @@ def _kernels(model: nn.Module, call: Callable[..., None]) -> dict[Key, int]:
     return watch.counts(profiler.profiler.kineto_results.events())
 
 
-def _check(
-    networks: Mapping[str, nn.Module], exact: nn.Module, images: Tensor, labels: Tensor
-) -> Check:
-    converted = images.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode(not exact.training):
-        oracle = models._values(exact, exact, images.double(), labels)
+def _check(compared: Mapping[str, nn.Module], problem: networks.Problem) -> Check:
+    converted = problem.images.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(not problem.training):
+        oracle = problem.oracle()
         values = {
-            side: models._values(model, model, converted, labels)
-            for side, model in networks.items()
+            side: networks.values(model, model, converted, problem.labels)
+            for side, model in compared.items()
         }
-    return models._judge(values["after"], 2.0, [values["before"]], oracle)
+    return networks.judge(values["after"], 2.0, [values["before"]], oracle)
 
 
 def _problem(check: Check) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ..table import _aligned, _by_backend, _digits, _heading
+from ..table import aligned, by_backend, digits, heading
 from .report import Part, Profile, Side
 
 SHORT = {
@@ -25,10 +25,10 @@ def render(profile: Profile, blocks: bool = False) -> str:
         profile: the figures.
         blocks: every operation of every block with all its figures, too.
     """
-    lines = [*_heading(profile), "", *_subject(profile), "", *_aligned(_operations(profile))]
-    lines += ["", *_amdahl(profile), "", *_aligned(_by_block(profile))]
+    lines = [*heading(profile), "", *_subject(profile), "", *aligned(_operations(profile))]
+    lines += ["", *_amdahl(profile), "", *aligned(_by_block(profile))]
     if blocks:
-        lines += ["", *_aligned([*_head(profile), *_figures(profile, _each(profile))])]
+        lines += ["", *aligned([*_head(profile), *_figures(profile, _each(profile))])]
     return "\n".join([*lines, "", *_legend(profile)]) + "\n"
 
 
@@ -41,11 +41,11 @@ def _subject(profile: Profile) -> Iterable[str]:
         spread = (third - first) / 2 / side.seconds
         watched = side.watched_seconds / side.seconds - 1
         yield (
-            f"{side.name}: {side.what}: {_digits(side.seconds * 1e3)} ms ±{spread:.0%} in"
+            f"{side.name}: {side.what}: {digits(side.seconds * 1e3)} ms ±{spread:.0%} in"
             f" {side.rounds} rounds; {watched:+.1%} while watched"
         )
         if side.name == "after":
-            yield f"  auto runs {_by_backend(side.chosen)}"
+            yield f"  auto runs {by_backend(side.chosen)}"
         if side.problem is not None:
             yield f"  FAILED: {side.problem}"
 
@@ -99,7 +99,7 @@ def _figures(profile: Profile, rows: Iterable[Row]) -> Iterable[list[str]]:
         for side, part in zip(profile.sides(), parts, strict=True):
             cells += _times(side, part, profile.training)
         cells.append(_ratio(profile, before, after))
-        cells += ["-" if _absent(part) else _digits(part.bytes / 1e6) for part in parts]
+        cells += ["-" if _absent(part) else digits(part.bytes / 1e6) for part in parts]
         cells += [_millions(n) for n in (before.published_macs, before.macs, after.macs)]
         cells += ["-" if _absent(part) else str(part.launches) for part in parts]
         yield cells
@@ -110,7 +110,7 @@ def _times(side: Side, part: Part, training: bool) -> list[str]:
         return ["-"] * (4 if training else 3)
     share = part.seconds / side.seconds
     bound = side.bound(part.seconds)
-    cells = [_digits(part.seconds * 1e3), percent(share)]
+    cells = [digits(part.seconds * 1e3), percent(share)]
     cells.append("-" if share > 0.999 else f"{bound:.2f}×")
     if training:
         cells.append(f"{part.backward_seconds / part.seconds:.0%}" if part.seconds else "-")
@@ -136,7 +136,7 @@ def _ratio(profile: Profile, before: Part, after: Part) -> str:
 
 
 def _millions(number: int) -> str:
-    return "-" if number == 0 else _digits(number / 1e6)
+    return "-" if number == 0 else digits(number / 1e6)
 
 
 def _amdahl(profile: Profile) -> Iterable[str]:
@@ -176,7 +176,7 @@ def _by_block(profile: Profile) -> list[list[str]]:
 
 
 def _arrow(seconds: Iterable[float | None]) -> str:
-    before, after = ("-" if each is None else _digits(each * 1e3) for each in seconds)
+    before, after = ("-" if each is None else digits(each * 1e3) for each in seconds)
     return "-" if before == after == "-" else f"{before}→{after}"
 
 

@@ -1,0 +1,1 @@
+"""The commands of ``python -m benchmarks``; a module has what one of ``dsnet.commands`` has."""

@@ -1,0 +1,1 @@
+"""Two commits against each other: a worker process each, rounds in turn."""

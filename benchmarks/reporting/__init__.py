@@ -1,0 +1,1 @@
+"""Records as Markdown, CSV and pictures, and the figures of the documents."""
