@@ -165,7 +165,7 @@ def _bracket(axes: Any, side: Side, height: float) -> None:
     bound = side.bound(side.fused().seconds)
     axes.plot((0, 0, width, width), (height, height + 0.08, height + 0.08, height), color=INK, lw=1)
     share = percent(side.fused_share())
-    text = f"with a kernel: {share}; if it took no time, {_digits(bound)}× as fast"
+    text = f"with a kernel: {share}; if it took no time, {digits(bound)}× as fast"
     axes.text(width / 2, height + 0.12, text, ha="center", va="bottom", size=9, bbox=PAPER)
 
 
