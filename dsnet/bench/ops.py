@@ -16,7 +16,7 @@ from .check import Check, Values, both, check_directions, check_errors
 from .report import Row
 from .row import BASELINES, EAGER_BASELINES, SDPA, Contender, Judge, run_row
 
-BUDGET = 0.5
+BUDGET = 0.4
 """Seconds of timing per row."""
 
 DRAWS = 3
