@@ -37,7 +37,11 @@ def one_by_one(operator: Callable, info, in_dims, args):
 
 def _elements(info, in_dims, args) -> Iterator[list]:
     for i in range(info.batch_size):
-        yield [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        # Lists of numbers have a list of None.
+        yield [
+            a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
+            for a, d in zip(args, in_dims, strict=True)
+        ]
 
 
 def accumulator(x: torch.Tensor) -> torch.dtype:

@@ -181,6 +181,14 @@ def test_eight_threads_at_once():
             assert all(torch.equal(each, value) for each in found)
 
 
+def test_vmap_takes_one_image_batch_after_the_other():
+    block = optimized()
+    x = torch.stack([image(block, 8, 8, seed=seed) for seed in range(3)])
+    got = torch.vmap(block)(x)
+    for number in range(3):
+        assert torch.equal(got[number], block(x[number]))
+
+
 # What is packed
 
 
@@ -325,6 +333,7 @@ def test_opcheck():
         ({"x": torch.zeros(2, 79, 8, 8)}, r"x: expected shape \(2, 80, 8, 8\)"),
         ({"x": torch.zeros(2, 80, 8, 8, dtype=torch.float64)}, "x: expected float32 or bfloat16"),
         ({"packed": torch.zeros(5)}, "packed: expected shape"),
+        ({"packed": torch.zeros(5).double()}, "packed: expected shape"),
         ({"sizes": SIZES[1:]}, "sizes: expected .*got as many as 7"),
         ({"sizes": [80, 40, 39, *SIZES[3:]]}, "sizes: expected Cl .* Cg = C"),
         ({"sizes": [80, 40, 40, 40, 3, *SIZES[5:]]}, "sizes: expected heads that divide"),

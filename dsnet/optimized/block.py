@@ -37,7 +37,9 @@ class OptimizedBlock(nn.Module):
 
     With BN(x) = s·x + t: the split has W·diag(s) and b + W·t, on the coarse grid for the global
     stream, and so has the first layer of the MLP. The local depthwise convolution, whose zero
-    padding comes behind its norm, and co-attention take s and t themselves.
+    padding comes behind its norm, and co-attention take s and t themselves. On the CPU all of it
+    is one operator, :func:`dsnet_kernels.ds_block`, where that serves; its packed copies of the
+    constants are made with the first call.
 
     Args:
         block: the source; its unfolded parameters are shared where they keep their dtype.

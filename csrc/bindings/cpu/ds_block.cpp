@@ -28,12 +28,7 @@ class Block {
         down_rows_(shape.height, shape.coarse_height),
         down_columns_(shape.width, shape.coarse_width),
         up_rows_(shape.coarse_height, shape.height),
-        up_columns_(shape.coarse_width, shape.width) {
-    check_shape("packed", packed, {places_.end});
-    check(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
-        "packed: expected what ds_block_pack returns, got ",
-        torch::headeronly::toString(packed.scalar_type()));
-  }
+        up_columns_(shape.coarse_width, shape.width) {}
 
   struct Streams {
     void *local, *global;  // both may be null
@@ -213,6 +208,10 @@ std::tuple<Tensor, Tensor, Tensor> ds_block(const Tensor& x, const Tensor& packe
   check_block_dtype(x);
   const BlockShape shape(x.size(2), x.size(3), sizes);
   check_shape("x", x, {x.size(0), shape.channels, shape.height, shape.width});
+  check_shape("packed", packed, {BlockPlaces(shape).end});
+  check(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
+      "packed: expected what ds_block_pack returns, got ",
+      torch::headeronly::toString(packed.scalar_type()), packed.is_contiguous() ? "" : ", strided");
   const int64_t batch = x.size(0), streams = with_streams ? batch : 0;
   const auto empty = [&](int64_t images, int64_t channels, int64_t height, int64_t width) {
     return torch::stable::empty({images, channels, height, width}, x.scalar_type(), std::nullopt,
