@@ -37,10 +37,9 @@ def one_by_one(operator: Callable, info, in_dims, args):
 
 def _elements(info, in_dims, args) -> Iterator[list]:
     for i in range(info.batch_size):
-        # Lists of numbers have a list of None.
+        # The dimensions of a list of numbers are a list, of None.
         yield [
-            a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
-            for a, d in zip(args, in_dims, strict=True)
+            a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)
         ]
 
 

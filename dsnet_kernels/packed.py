@@ -18,6 +18,8 @@ def refusal(
         return f"x is {x.dtype} on {x.device}; expected float32 or bfloat16 on the CPU"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return "a traced call keeps no packed parameters"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transformed call has tensors of its own, which none may keep"
     if backends.leading(backend, "cpu") != "cpu":
         return "cpu is not the first backend asked for"
     if native.cpu_refusal() is not None:

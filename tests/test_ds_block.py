@@ -181,12 +181,25 @@ def test_eight_threads_at_once():
             assert all(torch.equal(each, value) for each in found)
 
 
-def test_vmap_takes_one_image_batch_after_the_other():
+def test_vmap_leaves_nothing_of_its_own_behind():
+    """Neither in the cache nor in the results of calls that follow."""
     block = optimized()
     x = torch.stack([image(block, 8, 8, seed=seed) for seed in range(3)])
     got = torch.vmap(block)(x)
     for number in range(3):
-        assert torch.equal(got[number], block(x[number]))
+        torch.testing.assert_close(got[number], block(x[number]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_raw_operator_has_a_rule_for_vmap():
+    x, packed_ = arguments()
+    several = torch.stack([x, 2 * x, x - 1])
+    run = RAW.ds_block
+    for got, number in zip(
+        torch.vmap(lambda x: run(x, packed_, SIZES, 1e-5, 1e-5, False)[0])(several),
+        range(3),
+        strict=True,
+    ):
+        assert torch.equal(got, run(several[number], packed_, SIZES, 1e-5, 1e-5, False)[0])
 
 
 # What is packed
