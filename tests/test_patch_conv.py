@@ -171,14 +171,10 @@ def test_module_runs_the_operator_where_it_serves(monkeypatch):
     )
     source, module = embedding()
     x = torch.randn(2, 3, 16, 16)
-    for image in (x, x[:, :, :3]):
-        if image.shape[2] < 4:
-            with pytest.raises(RuntimeError):
-                module(image)
-        else:
-            torch.testing.assert_close(module(image), source(image), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module(x), source(x), rtol=1e-5, atol=1e-5)
     assert len(calls) == 1
-    assert torch.equal(embedding("reference")[1](x), embedding("reference")[1](x)) is False
+    with pytest.raises(RuntimeError):
+        module(x[:, :, :3])
     source, module = embedding("reference")
     assert torch.equal(module(x), source(x))
     x.requires_grad_()
