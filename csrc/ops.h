@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> depthwise_conv3x3_backward(
 // returns grad_x (B, C, H, W) and (12, C) in float32 or float64: nine taps, bias, scale, shift
 
 // Fused: 1 LayerNorm · 2 QKV projection · 3 attention, dropout · 4 residual.
-std::tuple<Tensor, Tensor> global_attention(
+std::tuple<Tensor, Tensor, Tensor> global_attention(
     // inputs
     const Tensor& x,            // (B, M, C)
     int64_t num_heads,          // h
@@ -47,16 +47,19 @@ std::tuple<Tensor, Tensor> global_attention(
     const Tensor& qkv_weight,   // (3·C, C), likewise; rows Q, K, V, then head, then channel
     const Tensor& qkv_bias,     // (3·C), likewise
     double eps, double dropout_p,
-    const std::optional<Tensor>& seed);  // () int64, with dropout_p above 0
-// returns (B, M, C) and lse (B, h, M) in float32 or float64, log Σ exp of a query's scaled logits
+    const std::optional<Tensor>& seed,  // () int64, with dropout_p above 0
+    bool keep_qkv);                     // for the backward, on the CPU
+// returns (B, M, C), in float32 or float64 lse (B, h, M), log Σ exp of a query's scaled logits, and
+// likewise [Q, K, V], kept for the CPU's backward, in its own order, or none
 
-// Recomputes 1 to 3, then the gradients of all inputs.
+// Recomputes 1, 3 and, on a GPU, 2, then the gradients of all inputs.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(
     // gradients
     const Tensor& grad,  // (B, M, C)
     // saved
-    const Tensor& x,    // (B, M, C)
-    const Tensor& lse,  // (B, h, M)
+    const Tensor& x,                   // (B, M, C)
+    const Tensor& lse,                 // (B, h, M)
+    const std::optional<Tensor>& qkv,  // as the forward kept it, on the CPU
     int64_t num_heads,
     const Tensor& norm_weight,  // (C)
     const Tensor& norm_bias,    // (C)
@@ -67,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(
 
 // Fused: 1 affine and LayerNorm · 2 projections or their absorbed form · 3 attention in both
 // directions, dropout · 4 output projections · 5 residuals. One pass over the local tokens.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(
     // inputs
     const Tensor& local,                       // (B, N, Cl)
     const Tensor& global_,                     // (B, M, Cg)
@@ -86,22 +89,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(
     const std::optional<Tensor>& local_shift,  // (Cl); none is 0
     double eps, double dropout_p,
     const std::optional<Tensor>& seed,  // () int64, with dropout_p above 0
-    std::optional<bool> absorbed);      // none: what has fewer products
+    std::optional<bool> absorbed,       // none: what has fewer products
+    bool keep_qkv);                     // for the backward, on the CPU
 // returns (B, N, Cl), (B, M, Cg) and, in float32 or float64, of each softmax the maximum of its
-// scaled logits and the sum of exp(logit − maximum), (B, h, N, 2) and (B, h, M, 2), and what the
-// global queries attended to, heads concatenated, (B, M, dim)
+// scaled logits and the sum of exp(logit − maximum), (B, h, N, 2) and (B, h, M, 2), what the global
+// queries attended to, heads concatenated, (B, M, dim), and [Q, K, V] of the local tokens, where
+// they are projected, and of the global ones, kept for the CPU's backward, in its own order, or
+// none
 
-// Recomputes 1 to 4, then the gradients of all inputs. One pass over the local tokens.
+// Recomputes 1, 3 and, on a GPU, 2, then the gradients of all inputs. One pass over the local
+// tokens.
 std::tuple<Tensor, Tensor, Tensor> co_attention_backward(
     // gradients
     const Tensor& grad_local,   // (B, N, Cl)
     const Tensor& grad_global,  // (B, M, Cg)
     // saved
-    const Tensor& local,           // (B, N, Cl)
-    const Tensor& global_,         // (B, M, Cg)
-    const Tensor& local_softmax,   // (B, h, N, 2)
-    const Tensor& global_softmax,  // (B, h, M, 2)
-    const Tensor& attended,        // (B, M, dim)
+    const Tensor& local,                      // (B, N, Cl)
+    const Tensor& global_,                    // (B, M, Cg)
+    const Tensor& local_softmax,              // (B, h, N, 2)
+    const Tensor& global_softmax,             // (B, h, M, 2)
+    const Tensor& attended,                   // (B, M, dim)
+    const std::optional<Tensor>& local_qkv,   // as the forward kept them, on the CPU
+    const std::optional<Tensor>& global_qkv,  // likewise
     int64_t num_heads, const Tensor& global_norm_weight, const Tensor& global_norm_bias,
     const Tensor& local_qkv_weight, const Tensor& local_qkv_bias, const Tensor& global_qkv_weight,
     const Tensor& global_qkv_bias, const Tensor& local_proj_weight, const Tensor& local_proj_bias,

@@ -1,8 +1,8 @@
 """Bidirectional co-attention between the local and the global stream.
 
-The N×M weights never exist; the backward recomputes them from what is linear in the tokens. On the
-CPU one pass over the local tokens serves both directions, forward and backward; the GPU kernels
-read them once or more per direction.
+The N×M weights never exist; the backward recomputes them from what is linear in the tokens, on the
+CPU from the projections that the forward kept. There one pass over the local tokens serves both
+directions, forward and backward; the GPU kernels read them once or more per direction.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from . import checks, native, operators, triton
 from .backends import Operation, register, select
+from .global_attention import keeps_qkv, qkv_size
 from .reference import co_attention as reference
 from .reference.co_attention import co_attend
 from .reference.dropout import new_seed
@@ -118,15 +119,35 @@ def _parameter_shapes(local_width: int, global_width: int, dim: int) -> tuple[tu
     return (of_global, of_global, *qkv, *proj, of_local, of_local)
 
 
+def _kept_sizes(
+    local_shape: tuple[int, int, int],
+    global_tokens: int,
+    num_heads: int,
+    dim: int,
+    absorbed: bool | None,
+) -> tuple[int, int]:
+    """Elements of the local and of the global projections that a forward keeps."""
+    batch, tokens, width = local_shape
+    if absorbed is None:
+        absorbed = absorbs(tokens, global_tokens, width, num_heads)
+    local = 0 if absorbed else qkv_size(batch, tokens, num_heads, dim // num_heads)
+    return local, batch * global_tokens * 3 * dim + operators.padded(1)
+
+
 def _fake(local, global_, num_heads, norm_weight, norm_bias, local_qkv_weight, *others):
     (batch, local_tokens, _), global_tokens = local.shape, global_.shape[1]
     dim, dtype = local_qkv_weight.shape[0] // 3, operators.accumulator(local)
+    absorbed, keep_qkv = others[-2:]
+    kept = (0, 0)
+    if keep_qkv:
+        kept = _kept_sizes(local.shape, global_tokens, num_heads, dim, absorbed)
     return (
         local.new_empty(local.shape),
         global_.new_empty(global_.shape),
         local.new_empty((batch, num_heads, local_tokens, 2), dtype=dtype),
         local.new_empty((batch, num_heads, global_tokens, 2), dtype=dtype),
         local.new_empty((batch, global_tokens, dim), dtype=dtype),
+        *(local.new_empty((size,), dtype=dtype) for size in kept),
     )
 
 
@@ -160,14 +181,15 @@ _PARAMETERS = (
 for _name in (NATIVE, TRITON):
     operators.define(
         _name,
-        f"(Tensor local, Tensor global_, {_PARAMETERS})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor local, Tensor global_, {_PARAMETERS}, bool keep_qkv)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake,
     )
     operators.define(
         f"{_name}_backward",
         "(Tensor grad_local, Tensor grad_global, Tensor local, Tensor global_,"
-        f" Tensor local_softmax, Tensor global_softmax, Tensor attended, {_PARAMETERS})"
+        " Tensor local_softmax, Tensor global_softmax, Tensor attended, Tensor? local_qkv,"
+        f" Tensor? global_qkv, {_PARAMETERS})"
         " -> (Tensor, Tensor, Tensor)",
         _fake_backward,
     )
@@ -180,7 +202,7 @@ class _CoAttention(torch.autograd.Function):
     """A raw operator under autograd; saves its inputs and what is linear in the tokens.
 
     Beside the streams and the parameters that is of each softmax the maximum of its logits and the
-    sum of exp(logit − maximum), and what the global queries have attended to.
+    sum of exp(logit − maximum), what the global queries have attended to, and perhaps projections.
     """
 
     generate_vmap_rule = True
@@ -193,26 +215,30 @@ class _CoAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        local, global_, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed = inputs[:-2]
-        ctx.absorbed, ctx.name = inputs[-2:]
-        saved = output[2:]
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(local, global_, *saved, seed, *parameters)
+        local, global_, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed = inputs[:-3]
+        ctx.absorbed, keep_qkv, ctx.name = inputs[-3:]
+        results = output[2:]
+        ctx.mark_non_differentiable(*results)
+        ctx.set_materialize_grads(False)
+        if not keep_qkv:
+            results = (*results[:3], None, None)
+        ctx.save_for_backward(local, global_, *results, seed, *parameters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_local, grad_global, *_):
+        if grad_local is None and grad_global is None:
+            return (None,) * len(ctx.needs_input_grad)
         # Read once, as checkpointing demands.
         saved = ctx.saved_tensors
-        local, global_, *softmaxes, attended, seed = saved[:6]
-        parameters = saved[6:]
+        local, global_, *results, seed = saved[:8]
+        parameters, attended = saved[8:], results[2]
         grad_local, grad_global, flat = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")(
-            grad_local,
-            grad_global,
+            torch.zeros_like(local) if grad_local is None else grad_local,
+            torch.zeros_like(global_) if grad_global is None else grad_global,
             local,
             global_,
-            *softmaxes,
-            attended,
+            *results,
             ctx.num_heads,
             *parameters,
             ctx.eps,
@@ -226,7 +252,7 @@ class _CoAttention(torch.autograd.Function):
             None if parameter is None else part.view(shape).to(parameter.dtype)
             for part, shape, parameter in zip(parts, shapes, parameters, strict=True)
         ]
-        return grad_local, grad_global, None, *grads, None, None, None, None, None
+        return grad_local, grad_global, None, *grads, *(None,) * 6
 
 
 def _scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, first_head: int) -> Tensor:
@@ -402,11 +428,14 @@ def co_attention(
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         operator = getattr(torch.ops.dsnet_kernels, name)
         results = operator(
-            tokens, global_, num_heads, *parameters, local_scale, local_shift, *options
+            tokens, global_, num_heads, *parameters, local_scale, local_shift, *options, False
         )
     else:
         tokens, global_, *parameters = checks.distinct(
             tokens, global_, *parameters, local_scale, local_shift
         )
-        results = _CoAttention.apply(tokens, global_, num_heads, *parameters, *options, name)
+        keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(local)
+        results = _CoAttention.apply(
+            tokens, global_, num_heads, *parameters, *options, keep_qkv, name
+        )
     return results[0].transpose(1, 2).unflatten(2, local.shape[2:]), results[1]

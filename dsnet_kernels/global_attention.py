@@ -2,7 +2,8 @@
 
 Where an image's tokens are few, everything from the LayerNorm to the residual is one kernel; where
 they are many, attention is tiled with an online softmax and memory stays linear in the tokens. The
-backward recomputes from x and the saved logarithm of each softmax's sum.
+backward recomputes from x, the saved logarithm of each softmax's sum and, on the CPU, what the
+forward kept of its projections.
 """
 
 from collections.abc import Sequence
@@ -64,10 +65,25 @@ NATIVE, TRITON = "global_attention", "global_attention_triton"
 """Names of the raw operators; that of the gradient ends in ``_backward``."""
 
 
+def keeps_qkv(x: Tensor) -> bool:
+    """Whether the forward keeps the projections for the backward, which takes them or has its own.
+
+    On the CPU a product costs many times the way of its result through memory.
+    """
+    return x.device.type == "cpu"
+
+
+def qkv_size(batch: int, tokens: int, num_heads: int, head_dim: int) -> int:
+    """Elements of one stream's kept projections, each head's in whole registers."""
+    return batch * num_heads * tokens * operators.padded(3 * head_dim)
+
+
 def _fake(x, num_heads, *others):
-    batch, tokens, _ = x.shape
-    lse = x.new_empty((batch, num_heads, tokens), dtype=operators.accumulator(x))
-    return x.new_empty(x.shape), lse
+    keep_qkv = others[-1]
+    (batch, tokens, width), dtype = x.shape, operators.accumulator(x)
+    kept = qkv_size(batch, tokens, num_heads, width // num_heads) if keep_qkv else 0
+    lse = x.new_empty((batch, num_heads, tokens), dtype=dtype)
+    return x.new_empty(x.shape), lse, x.new_empty((kept,), dtype=dtype)
 
 
 def _fake_backward(grad, x, *others):
@@ -82,10 +98,12 @@ _PARAMETERS = (
 )
 
 for _name in (NATIVE, TRITON):
-    operators.define(_name, f"(Tensor x, {_PARAMETERS}) -> (Tensor, Tensor)", _fake)
+    operators.define(
+        _name, f"(Tensor x, {_PARAMETERS}, bool keep_qkv) -> (Tensor, Tensor, Tensor)", _fake
+    )
     operators.define(
         f"{_name}_backward",
-        f"(Tensor grad, Tensor x, Tensor lse, {_PARAMETERS})"
+        f"(Tensor grad, Tensor x, Tensor lse, Tensor? qkv, {_PARAMETERS})"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     )
@@ -95,36 +113,52 @@ triton.implement("global_attention")
 
 
 class _GlobalAttention(torch.autograd.Function):
-    """A raw operator under autograd; saves x, the parameters, the seed and (B, h, M) of sums."""
+    """A raw operator under autograd.
+
+    Saves x, the parameters, the seed, (B, h, M) of sums and perhaps the projections.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     @checks.with_signature
     def forward(
-        x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed, name
+        x,
+        num_heads,
+        norm_weight,
+        norm_bias,
+        qkv_weight,
+        qkv_bias,
+        eps,
+        dropout_p,
+        seed,
+        keep_qkv,
+        name,
     ):
         operator = getattr(torch.ops.dsnet_kernels, name)
         parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias)
-        return operator(x, num_heads, *parameters, eps, dropout_p, seed)
+        return operator(x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed, ctx.name = inputs
-        lse = output[1]
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(x, lse, seed, *parameters)
+        x, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed, keep_qkv, ctx.name = inputs
+        _, lse, qkv = output
+        ctx.mark_non_differentiable(lse, qkv)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, lse, qkv if keep_qkv else None, seed, *parameters)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
-        x, lse, seed, *parameters = ctx.saved_tensors
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, lse, qkv, seed, *parameters = ctx.saved_tensors
         operator = getattr(torch.ops.dsnet_kernels, f"{ctx.name}_backward")
         grad_x, *grads = operator(
-            grad, x, lse, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed
+            grad, x, lse, qkv, ctx.num_heads, *parameters, ctx.eps, ctx.dropout_p, seed
         )
         grads = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
-        return grad_x, None, *grads, None, None, None, None
+        return grad_x, None, *grads, None, None, None, None, None
 
 
 def _sdpa(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps):
@@ -212,6 +246,9 @@ def global_attention(
     name = TRITON if chosen == "triton" else NATIVE
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         operator = getattr(torch.ops.dsnet_kernels, name)
-        return operator(x, num_heads, *parameters, eps, dropout_p, seed)[0]
+        return operator(x, num_heads, *parameters, eps, dropout_p, seed, False)[0]
     x, *parameters = checks.distinct(x, *parameters)
-    return _GlobalAttention.apply(x, num_heads, *parameters, eps, dropout_p, seed, name)[0]
+    keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(x)
+    return _GlobalAttention.apply(x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv, name)[
+        0
+    ]

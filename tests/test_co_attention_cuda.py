@@ -77,9 +77,9 @@ def run(inputs, grads, absorbed, dropout_p=0.0, dropout_seed=None, **options):
         dropout_seed,
         absorbed,
     )
-    *outputs, local_softmax, global_softmax, attended = forward(*streams, *tail, **options)
+    *outputs, local_softmax, global_softmax, attended, _, _ = forward(*streams, *tail, **options)
     saved = (local_softmax, global_softmax, attended)
-    *grads, flat = backward(*grads, *streams, *saved, *tail, **options)
+    *grads, flat = backward(*grads, *streams, *saved, None, None, *tail, **options)
     shapes = _parameter_shapes(*(stream.shape[2] for stream in streams), attended.shape[2])
     parts = flat.split([torch.Size(shape).numel() for shape in shapes])
     grads += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

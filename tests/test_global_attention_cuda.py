@@ -66,8 +66,8 @@ def run(inputs, grad, heads, dropout_p=0.0, dropout_seed=None, **options):
     """The kernels' output and gradients by name, and lse; the gradients in their inputs' dtypes."""
     x, *parameters = inputs
     tail = (*parameters, EPS, dropout_p, dropout_seed)
-    out, lse = forward(x, heads, *tail, **options)
-    grads = backward(grad, x, lse, heads, *tail, **options)
+    out, lse, _ = forward(x, heads, *tail, **options)
+    grads = backward(grad, x, lse, None, heads, *tail, **options)
     grads = [value.to(given.dtype) for value, given in zip(grads, inputs, strict=True)]
     named = dict(zip((f"grad {name}" for name in NAMES), grads, strict=True))
     return {"out": out} | named, lse
@@ -114,7 +114,7 @@ def test_one_kernel_or_several_for_few_tokens(tokens, dtype):
     results = [forward(inputs[0], 2, *tail, fused=fused) for fused in (False, True)]
     exact = reference(inputs[0].double(), 2, *(value.double() for value in inputs[1:]))
     same = reference(inputs[0], 2, *inputs[1:])
-    for out, _ in results:
+    for out, *_ in results:
         assert_within_budget({"out": out}, {"out": same}, {"out": exact})
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_one_kernel_or_several_for_few_tokens(tokens, dtype):
 @pytest.mark.parametrize("tokens", [9, 65])
 def test_lse_is_the_logarithm_of_the_softmax_sum(tokens, dtype):
     inputs, _ = make_inputs((2, tokens, 2, 16), dtype)
-    _, lse = forward(inputs[0], 2, *inputs[1:], EPS, 0.0, None)
+    _, lse, _ = forward(inputs[0], 2, *inputs[1:], EPS, 0.0, None)
     x, norm_weight, norm_bias, qkv_weight, qkv_bias = (value.double() for value in inputs)
     normalized = torch.nn.functional.layer_norm(x, (32,), norm_weight, norm_bias, EPS)
     qkv = torch.nn.functional.linear(normalized, qkv_weight, qkv_bias)
@@ -151,7 +151,7 @@ def strongly_negative(tokens, dtype, low=-500.0, high=-100.0):
 def test_strongly_negative_logits(tokens, dtype):
     """Padded keys with logits of 0 would take all the weight, and exp(0 − lse) is infinite."""
     inputs, grad = strongly_negative(tokens, dtype)
-    _, lse = forward(inputs[0], 1, *inputs[1:], EPS, 0.0, None)
+    _, lse, _ = forward(inputs[0], 1, *inputs[1:], EPS, 0.0, None)
     assert -500 < lse.min() <= lse.max() < -100
     assert_correct(inputs, grad, 1)
 
@@ -173,7 +173,7 @@ def test_dropout_mask_is_that_of_the_reference(tokens, dtype):
         x = torch.zeros(2, tokens, width, dtype=dtype)
         for key in keys:
             x[:, key, key - first] = 1
-        out, _ = forward(x, heads, *parameters, EPS, dropout_p, seed)
+        out, *_ = forward(x, heads, *parameters, EPS, dropout_p, seed)
         branch = (out - x).double().view(2, tokens, heads, head_dim).transpose(1, 2)
         values = torch.nn.functional.layer_norm(x.double(), (width,), eps=EPS)[..., :head_dim]
         # A key more or fewer changes a value by more than 7 / tokens.

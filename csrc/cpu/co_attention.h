@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "capability.h"
+#include "token_product.h"
 
 namespace dsnet::cpu {
 
@@ -81,14 +82,13 @@ struct CoAttentionLayout {
   int64_t vectors = 0;
   // Of one head: bias of its global [Q, K, V], of its local queries and values, then matrices.
   int64_t head_biases = 0, head_size = 0;
-  PackedMatrix global_qkv;                  // (Cg, 3·d)
+  PackedMatrix global_qkv, local_qkv;       // (Cg, 3·d), (Cl, 3·d)
   PackedMatrix query, key, value;           // (d, Cl)
   PackedMatrix to_query, to_key, to_value;  // (Cl, d)
   PackedMatrix proj;                        // (d, Cl)
   PackedMatrix to_attended;                 // (Cl, d), the local projection's gradient
   PackedMatrix global_attended;             // (Cg, d), the global projection's gradient
   PackedMatrix local_rows;                  // (3·d, Cl)
-  int64_t left = 0, left_proj = 0;  // rows of (3·d, local) and (d, local), for the left side
   // Of all heads, after the last one.
   PackedMatrix global_proj;  // (dim, Cg)
   PackedMatrix global_rows;  // (3·dim, Cg)
@@ -102,6 +102,9 @@ struct CoAttentionLayout {
   // The same of gradients: of keys, queries, attended (absorbed) and values; then row sums: of both
   // scores' gradients, and of the kept weights of global queries.
   int64_t grad_partial = 0;
+  // What a forward keeps for its backward: [Q, K, V] of the global tokens, with a register more,
+  // and of the local ones where they are projected.
+  int64_t kept_global = 0, kept_local = 0;
 
   // Products of the steps' tasks, roughly.
   int64_t pack_products(const CoAttentionShape& shape) const {
@@ -130,28 +133,24 @@ struct CoAttentionLayout {
       next += padded(matrix_depth + matrix_depth % 2) * columns;
       return matrix;
     };
-    global_qkv = add(Cg, head);
+    if (!is_backward) global_qkv = add(Cg, head);
     if (absorbed) {
       query = add(d, local);
       key = add(d, local);
+      to_value = add(Cl, dim);
+    } else if (!is_backward) {
+      local_qkv = add(Cl, head);
     }
-    proj = add(d, local);
-    to_value = add(Cl, dim);
-    if (!absorbed || is_backward) {
-      left = next;
-      next += 3 * d * local;
-    }
+    if (absorbed || !is_backward) proj = add(d, local);
     if (is_backward) {
+      to_attended = add(Cl, dim);
       global_attended = add(Cg, dim);
       if (absorbed) {
         value = add(d, local);
         to_query = add(Cl, dim);
         to_key = add(Cl, dim);
-        to_attended = add(Cl, dim);
       } else {
         local_rows = add(3 * d, local);
-        left_proj = next;
-        next += d * local;
       }
     }
     head_size = next;
@@ -167,6 +166,8 @@ struct CoAttentionLayout {
     met = met_matrices * M * inner + rows;
     partial = 3 * rows + M * inner;
     grad_partial = (absorbed ? 4 : 3) * M * inner + 3 * rows;
+    kept_global = shape.batch * M * 3 * shape.dim() + lanes;
+    kept_local = absorbed ? 0 : shape.batch * shape.heads * shape.local_tokens * head;
   }
 };
 
@@ -186,6 +187,9 @@ struct CoAttentionCall {
   void* local_softmax;   // (B, h, N, 2); read by the backward
   void* global_softmax;  // (B, h, M, 2)
   void* attended;        // (B, M, dim)
+  // What a forward keeps, if they are not null, and its backward reads:
+  void* global_qkv;  // (B, M, 3·dim), and a register
+  void* local_qkv;   // (B, h, N, layout.head), projected
 };
 
 struct CoAttentionForward : CoAttentionCall {
@@ -194,29 +198,12 @@ struct CoAttentionForward : CoAttentionCall {
   void* global_out;  // (B, M, Cg) as stored
 };
 
-// A sum over tokens of products: out (rows, columns) = factor · leftᵀ·right, and of left itself.
-struct TokenProduct {
-  static constexpr int64_t row_block = 28;  // of a task
-  static constexpr int64_t depth = 128;     // tokens summed at a time
-  const void* left;                         // (tokens, left_stride), as stored or accumulators
-  const void* right;                        // (tokens, right_stride) accumulators
-  void* out;                                // rows at out_stride
-  void* sums;                               // (rows), or null
-  const void* weights;                      // (tokens) in sums, or null for 1
-  int64_t tokens, rows, columns;
-  int64_t left_stride, right_stride, out_stride;
-  double factor = 1;
-  bool left_is_stored = false;
-  int64_t tasks() const { return (rows + row_block - 1) / row_block; }
-};
-
 struct CoAttentionBackward : CoAttentionCall {
   const void* grad_local;   // (B, N, Cl) as stored
   const void* grad_global;  // (B, M, Cg) as stored
   void* y;                  // (B, M, layout.global), the normalised global tokens
   void* moments;            // (B, M, 2)
-  void* global_qkv;         // (B, M, 3·dim), a register more, as the next two
-  void* grad_attended;      // (B, M, dim)
+  void* grad_attended;      // (B, M, dim), a register more, as the next
   void* attended_copy;      // (B, M, dim)
   void* deltas;             // (B, h, layout.rows): Σ of gradient times attended
   void* partials;           // (B, chunks, h, layout.grad_partial)
@@ -229,7 +216,10 @@ struct CoAttentionBackward : CoAttentionCall {
   void* tokens;          // (B, N, layout.local), local tokens after the affine
   void* grad_local_qkv;  // (B, N, 3·dim)
   void* heads_out;       // (B, N, dim) and a register: what local queries attended to
+  // Tasks of all products follow one another, taken in steps, coprime to their number: those of one
+  // product are longer than another's, and a thread takes neighbours.
   const TokenProduct* products;
+  int64_t tasks, task_step;
   void* grad_local_in;   // (B, N, Cl) as stored
   void* grad_global_in;  // (B, M, Cg) as stored
 };
@@ -247,7 +237,7 @@ struct CoAttentionBackwardKernels {
   Step<CoAttentionBackward> local;     // B · chunks tasks
   Step<CoAttentionBackward> heads;     // B · h tasks: gradients of global Q, K, V
   Step<CoAttentionBackward> finish;    // B · row_blocks tasks: of the global stream
-  Step<CoAttentionBackward> weights;   // the tasks of all products, one after the other
+  Step<CoAttentionBackward> weights;   // args.tasks tasks
 };
 
 int64_t scratch_of(const CoAttentionShape& shape, const CoAttentionLayout& layout, bool backward);

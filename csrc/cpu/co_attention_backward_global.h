@@ -2,7 +2,7 @@
 #pragma once
 
 #include "co_attention_steps.h"
-#include "token_product.h"
+#include "token_product_steps.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 
@@ -27,18 +27,13 @@ void prologue(const CoAttentionBackward& args, void* memory, int64_t begin, int6
   const int64_t M = shape.global_tokens, Cg = shape.global_width, d = shape.head_dim;
   const int64_t dim = shape.dim(), inner = layout.inner;
   Scratch<Acc> scratch(memory);
-  Acc* y = scratch.take(M * layout.global);
   Acc* grad = scratch.take(M * layout.global);
   Acc* qkv = scratch.take(M * layout.head);
   Acc* grad_heads = scratch.take(M * layout.dim);
-  auto* moments = reinterpret_cast<Moments<Acc>*>(scratch.take(2 * M));
   int64_t prepared = -1;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image = task / shape.heads, h = task % shape.heads;
     if (image != prepared) {
-      normalise_rows<V>(call.global(image, 0), M, Cg, layout.global, static_cast<Acc>(args.eps),
-          call.norm_weight(), call.norm_bias(), y, moments);
-      as_left<T>(M, layout.global, y);
       const T* from = static_cast<const T*>(args.grad_global) + call.global_offset(image, 0);
       for (int64_t m = 0; m < M; ++m) {
         for_each_register<V>(Cg, [&](int64_t c, int64_t n) {
@@ -48,14 +43,18 @@ void prologue(const CoAttentionBackward& args, void* memory, int64_t begin, int6
       prepared = image;
     }
     if (h == 0) {
-      copy_columns(M, layout.global, y, layout.global,
-          static_cast<Acc*>(args.y) + image * M * layout.global, layout.global);
-      for (int64_t m = 0; m < M; ++m) {
-        static_cast<Moments<Acc>*>(args.moments)[image * M + m] = moments[m];
-      }
+      Acc* y = static_cast<Acc*>(args.y) + image * M * layout.global;
+      normalise_rows<V>(call.global(image, 0), M, Cg, layout.global, static_cast<Acc>(args.eps),
+          call.norm_weight(), call.norm_bias(), y,
+          static_cast<Moments<Acc>*>(args.moments) + image * M);
+      as_left<T>(M, layout.global, y);
     }
-    meet(call, image, h, y, qkv, static_cast<Acc*>(args.global_qkv) + image * M * 3 * dim,
-        met_values);
+    for (int64_t part = 0; part < 3; ++part) {
+      const Acc* kept =
+          static_cast<const Acc*>(args.global_qkv) + (image * M * 3 + part) * dim + h * d;
+      copy_columns(M, d, kept, 3 * dim, qkv + part * d, layout.head);
+    }
+    meet(call, image, h, qkv, met_values);
     multiply_packed<V>(M, layout.dim, Cg, {grad, layout.global},
         call.matrix(h, layout.global_attended), {nullptr, 0}, {grad_heads, layout.dim});
     const int64_t offset = image * M * dim + h * d;
@@ -181,11 +180,11 @@ void finish(const CoAttentionBackward& args, void* memory, int64_t begin, int64_
 
 template <typename T>
 void weights(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t end) {
-  for (const TokenProduct* product = args.products; begin < end; ++product) {
-    const int64_t tasks = product->tasks();
-    if (begin < tasks) token_product<T>(*product, memory, begin, smaller(end, tasks));
-    begin = begin > tasks ? begin - tasks : 0;
-    end -= tasks;
+  for (int64_t i = begin; i < end; ++i) {
+    const TokenProduct* product = args.products;
+    int64_t task = i * args.task_step % args.tasks;
+    for (; task >= product->tasks(); ++product) task -= product->tasks();
+    token_product<T>(*product, memory, task, task + 1);
   }
 }
 

@@ -65,11 +65,12 @@ struct Tile {
   Acc *scores, *grads, *kept;   // (M or row_block, tile)
   Acc *maxima, *inverses;       // (tile)
   Acc* out;                     // (tile, local): gradient of the tokens
-  Acc* values;                  // of one head, (d, tile)
-  // Projected, of one head: (d, tile), then (tile, dim).
-  Acc *queries, *keys, *grad_heads;
-  Acc *query_rows, *key_rows, *grad_rows, *heads_out, *grad_q, *grad_k, *grad_v;
-  Acc* grad_qkv;  // (tile, head)
+  Acc *values, *grad_rows;      // of one head, (d, tile), (tile, dim)
+  // Projected, of one head:
+  const Acc* qkv;                             // (tile, head)
+  Acc *queries, *keys, *grad_heads;           // (d, tile)
+  Acc *heads_out, *grad_q, *grad_k, *grad_v;  // (tile, dim)
+  Acc* grad_qkv;                              // (tile, head)
 };
 
 // Adds a · b, or with `transposed` aᵀ · b, to sums (rows, columns), or stores it. The depth is cut
@@ -146,7 +147,7 @@ void global_keys(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>&
     return;
   }
   add_product<false, V>(
-      M, inner, tile.count, {tile.scores, stride}, {tile.query_rows, inner}, partial);
+      M, inner, tile.count, {tile.scores, stride}, {tile.qkv, layout.head}, partial);
   add_product<false, V>(
       M, inner, tile.count, {tile.grads, stride}, {tile.grad_rows, inner}, grad_values);
   add_product<true, V>(
@@ -209,9 +210,11 @@ void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t 
       kept_sums[first + m] += sum_of(kept_sum);
     }
     Acc* grad_queries = partial + (M + first) * inner;
-    const Acc* rows_of_keys = layout.absorbed ? tile.tokens : tile.key_rows;
+    const Matrix<const Acc> rows_of_keys = layout.absorbed
+                                               ? Matrix<const Acc>{tile.tokens, inner}
+                                               : Matrix<const Acc>{tile.qkv + d, layout.head};
     add_product<false, V>(
-        rows, inner, tile.count, {tile.scores, stride}, {rows_of_keys, inner}, grad_queries);
+        rows, inner, tile.count, {tile.scores, stride}, rows_of_keys, grad_queries);
     if (layout.absorbed) {
       add_product<false, V>(rows, inner, tile.count, {tile.grads, stride}, {tile.tokens, inner},
           grad_queries + M * inner);
@@ -226,34 +229,38 @@ void local_keys(const CoCall<T>& call, const CoAttentionBackward& args, int64_t 
   }
 }
 
-// One head's local values with their bias, summed as the forward does.
+// One head's local values with their bias, transposed; projected in the order of terms of the
+// forward.
 template <typename T>
-void project_values(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
+void put_values(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
   using V = typename Register<T>::type;
-  project_tile(call, h, 2, tile.columns, tile.transposed, tile.values);
+  const CoAttentionLayout& layout = call.layout;
+  if (layout.absorbed) {
+    multiply_packed<V>(tile.count, layout.dim, call.shape.local_width, {tile.tokens, layout.local},
+        call.matrix(h, layout.to_value), {nullptr, 0}, {tile.grad_rows, layout.dim});
+    transpose_tile(call, tile.grad_rows, layout.dim, tile.count, tile.values);
+  } else {
+    transpose_tile(call, tile.qkv + 2 * call.shape.head_dim, layout.head, tile.count, tile.values);
+  }
   for (int64_t c = 0; c < call.shape.head_dim; ++c) {
     const V bias = V::fill(call.value_bias(h)[c]);
     for (int64_t j = 0; j < tile.columns; j += V::size) {
-      typename V::Acc* value = tile.values + c * call.layout.tile + j;
+      typename V::Acc* value = tile.values + c * layout.tile + j;
       (V::load(value) + bias).store(value);
     }
   }
 }
 
-// One head's other projections of the tile, both ways round.
+// One head's queries and keys, transposed, and the gradient of what its queries attended to.
 template <typename T>
-void project(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
+void put_projected(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<T>>& tile) {
   using V = typename Register<T>::type;
   const CoAttentionLayout& layout = call.layout;
-  const int64_t d = call.shape.head_dim, stride = layout.tile, dim = layout.dim;
-  project_tile(call, h, 0, tile.columns, tile.transposed, tile.queries);
-  project_tile(call, h, 1, tile.columns, tile.transposed, tile.keys);
-  multiply<false, V>(d, tile.columns, call.shape.local_width,
-      {call.head(h) + layout.left_proj, layout.local}, {tile.grad_transposed, stride}, {nullptr, 0},
-      {tile.grad_heads, stride});
-  transpose(d, tile.columns, tile.queries, stride, tile.query_rows, dim);
-  transpose(d, tile.columns, tile.keys, stride, tile.key_rows, dim);
-  transpose(d, tile.columns, tile.grad_heads, stride, tile.grad_rows, dim);
+  transpose_tile(call, tile.qkv, layout.head, tile.count, tile.queries);
+  transpose_tile(call, tile.qkv + call.shape.head_dim, layout.head, tile.count, tile.keys);
+  multiply_packed<V>(tile.count, layout.dim, call.shape.local_width, {tile.grad, layout.local},
+      call.matrix(h, layout.to_attended), {nullptr, 0}, {tile.grad_rows, layout.dim});
+  transpose_tile(call, tile.grad_rows, layout.dim, tile.count, tile.grad_heads);
 }
 
 // From the gradients of one head's projections to those of the tokens, and to memory.
@@ -296,6 +303,7 @@ void load_gradient(
     }
   }
   for (int64_t i = tile.count * stride; i < tile.columns * stride; ++i) tile.grad[i] = 0;
+  if (tile.grad_transposed == nullptr) return;
   transpose(tile.columns, Cl, tile.grad, stride, tile.grad_transposed, layout.tile);
 }
 
@@ -340,24 +348,21 @@ void local(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t
   tile.tokens = scratch.take(of_tokens);
   tile.grad = scratch.take(of_tokens);
   tile.out = scratch.take(of_tokens);
-  tile.transposed = scratch.take(padded(shape.local_width) * layout.tile);
-  tile.grad_transposed = scratch.take(padded(shape.local_width) * layout.tile);
   tile.scores = scratch.take(of_scores);
   tile.grads = scratch.take(of_scores);
   tile.kept = scratch.take(of_scores);
   tile.maxima = scratch.take(layout.tile);
   tile.inverses = scratch.take(layout.tile);
   tile.values = scratch.take(d * layout.tile);
-  if (!layout.absorbed) {
+  tile.grad_rows = scratch.take(layout.tile * layout.dim);
+  if (layout.absorbed) {
+    tile.transposed = scratch.take(padded(shape.local_width) * layout.tile);
+    tile.grad_transposed = scratch.take(padded(shape.local_width) * layout.tile);
+  } else {
     Acc** const transposed[] = {&tile.queries, &tile.keys, &tile.grad_heads};
     for (Acc** each : transposed) *each = scratch.take(d * layout.tile);
-    Acc** const rows[] = {&tile.query_rows, &tile.key_rows, &tile.grad_rows, &tile.heads_out,
-        &tile.grad_q, &tile.grad_k, &tile.grad_v};
-    for (Acc** each : rows) {
-      *each = scratch.take(layout.tile * layout.dim);
-      // Columns behind the last channel are never written.
-      for (int64_t i = 0; i < layout.tile * layout.dim; ++i) (*each)[i] = 0;
-    }
+    Acc** const rows[] = {&tile.heads_out, &tile.grad_q, &tile.grad_k, &tile.grad_v};
+    for (Acc** each : rows) *each = scratch.take(layout.tile * layout.dim);
     tile.grad_qkv = scratch.take(layout.tile * layout.head);
   }
   for (int64_t task = begin; task < end; ++task) {
@@ -374,8 +379,12 @@ void local(const CoAttentionBackward& args, void* memory, int64_t begin, int64_t
       load_tile(call, tile.image, tile.first, tile.count, tile.tokens, tile.transposed);
       load_gradient(call, args, tile);
       for (int64_t h = 0; h < shape.heads; ++h) {
-        project_values(call, h, tile);
-        if (!layout.absorbed) project(call, h, tile);
+        if (!layout.absorbed) {
+          tile.qkv =
+              static_cast<const Acc*>(args.local_qkv) + call.kept_offset(tile.image, h, tile.first);
+        }
+        put_values(call, h, tile);
+        if (!layout.absorbed) put_projected(call, h, tile);
         Acc* partial = partial_of(call, args, tile.image, chunk, h);
         global_keys(call, h, tile, partial, h == 0);
         local_keys(call, args, h, tile, partial);

@@ -76,7 +76,7 @@ template <typename Acc>
 struct Tile {
   int64_t image, first, count, columns;
   Acc *tokens, *transposed, *words;  // see load_tile
-  Acc *queries, *keys, *values;      // of one head: (d, columns) twice, (columns, dim)
+  Acc *qkv, *queries, *keys;         // of one head: (columns, head), (d, columns) twice
   Acc *scores, *out;                 // (M or row_block, tile), (columns, local)
   Acc *maxima, *totals;              // (tile)
   Acc* heads_out;                    // (columns, dim)
@@ -155,7 +155,7 @@ void attend_to_local(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<
   Acc* sums = partial + 3 * layout.rows;
   Acc* right = layout.absorbed ? tile.transposed : tile.keys;
   const int64_t right_stride = layout.absorbed ? stride : right_of<T>(right, stride).stride;
-  Acc* values = layout.absorbed ? tile.tokens : tile.values;
+  const Acc* values = layout.absorbed ? tile.tokens : tile.qkv + 2 * call.shape.head_dim;
   const AttentionDropout& dropout = call.args.dropout;
   for (int64_t first = 0; first < M; first += CoAttentionLayout::row_block) {
     const int64_t rows = smaller(CoAttentionLayout::row_block, M - first);
@@ -198,7 +198,7 @@ void attend_to_local(const CoCall<T>& call, int64_t h, const Tile<AccumulatorOf<
       for (int64_t c = 0; c < inner; c += V::size) (V::load(sum + c) * factor).store(sum + c);
     }
     multiply_with<false, V, Product>(rows, inner, depth_of<T>(tile.count), {tile.scores, stride},
-        right_of<T>(values, layout.absorbed ? layout.local : layout.dim), From<V>{},
+        right_of<T>(values, layout.absorbed ? layout.local : layout.head), From<V>{},
         AddedTo<V>{{sums + first * inner, inner}, false});
   }
 }
@@ -209,7 +209,7 @@ void prologue(const CoAttentionForward& args, void* memory, int64_t begin, int64
   using Acc = typename V::Acc;
   const CoCall<T> call(args);
   const CoAttentionLayout& layout = call.layout;
-  const int64_t M = args.shape.global_tokens;
+  const int64_t M = args.shape.global_tokens, d = args.shape.head_dim, dim = args.shape.dim();
   Scratch<Acc> scratch(memory);
   Acc* y = scratch.take(M * layout.global);
   Acc* qkv = scratch.take(M * layout.head);
@@ -222,8 +222,37 @@ void prologue(const CoAttentionForward& args, void* memory, int64_t begin, int64
       as_left<T>(M, layout.global, y);
       normalised = image;
     }
-    meet(call, image, h, y, qkv, nullptr, 2);
+    multiply_packed<V, T>(M, layout.head, args.shape.global_width, {y, layout.global},
+        call.matrix(h, layout.global_qkv), {call.global_qkv_bias(h), 0}, {qkv, layout.head});
+    for (int64_t part = 0; args.global_qkv != nullptr && part < 3; ++part) {
+      Acc* kept = static_cast<Acc*>(args.global_qkv) + (image * M * 3 + part) * dim + h * d;
+      copy_columns(M, d, qkv + part * d, layout.head, kept, 3 * dim);
+    }
+    meet(call, image, h, qkv, 2);
   }
+}
+
+// One head's Q, K and V of the tile without their biases, in T's precision: Q and K transposed.
+template <typename T>
+void project(const CoCall<T>& call, const CoAttentionForward& args, int64_t h,
+    const Tile<AccumulatorOf<T>>& tile) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const CoAttentionLayout& layout = call.layout;
+  const int64_t d = call.shape.head_dim, stride = layout.head;
+  const Acc* rows = Products<T>::pairs ? tile.words : tile.tokens;
+  multiply_packed<V, T>(tile.count, stride, call.shape.local_width, {rows, layout.local},
+      call.matrix(h, layout.local_qkv), {nullptr, 0}, {tile.qkv, stride});
+  round_row<V, T>(tile.qkv, tile.count * stride);
+  if (args.local_qkv != nullptr) {
+    copy_columns(1, tile.count * stride, tile.qkv, 0,
+        static_cast<Acc*>(args.local_qkv) + call.kept_offset(tile.image, h, tile.first), 0);
+  }
+  transpose_tile(call, tile.qkv, stride, tile.count, tile.queries);
+  transpose_tile(call, tile.qkv + d, stride, tile.count, tile.keys);
+  as_right<T>(tile.queries, layout.depth, tile.columns, layout.tile);
+  as_right<T>(tile.keys, layout.depth, tile.columns, layout.tile);
+  as_right<T>(tile.qkv + 2 * d, tile.count, layout.dim, stride);
 }
 
 template <typename T>
@@ -237,7 +266,7 @@ void local(const CoAttentionForward& args, void* memory, int64_t begin, int64_t 
   Scratch<Acc> scratch(memory);
   Tile<Acc> tile{};
   tile.tokens = scratch.take(layout.tile * layout.local);
-  tile.transposed = scratch.take(padded(Cl) * layout.tile);
+  if (layout.absorbed) tile.transposed = scratch.take(padded(Cl) * layout.tile);
   if constexpr (Products<T>::pairs) tile.words = scratch.take(layout.tile * layout.local);
   const int64_t most_rows = M > CoAttentionLayout::row_block ? M : CoAttentionLayout::row_block;
   tile.scores = scratch.take(most_rows * layout.tile);
@@ -247,9 +276,9 @@ void local(const CoAttentionForward& args, void* memory, int64_t begin, int64_t 
   tile.row_maxima = scratch.take(CoAttentionLayout::row_block);
   tile.row_shrinks = scratch.take(CoAttentionLayout::row_block);
   if (!layout.absorbed) {
+    tile.qkv = scratch.take(layout.tile * layout.head);
     tile.queries = scratch.take(shape.head_dim * layout.tile);
     tile.keys = scratch.take(shape.head_dim * layout.tile);
-    tile.values = scratch.take(layout.tile * layout.dim);
     tile.heads_out = scratch.take(layout.tile * layout.dim);
   }
   for (int64_t task = begin; task < end; ++task) {
@@ -267,19 +296,7 @@ void local(const CoAttentionForward& args, void* memory, int64_t begin, int64_t 
       load_tile(call, tile.image, tile.first, tile.count, tile.tokens, tile.transposed, tile.words);
       if (layout.absorbed) as_right<T>(tile.tokens, tile.count, layout.local, layout.local);
       for (int64_t h = 0; h < shape.heads; ++h) {
-        if (!layout.absorbed) {
-          project_tile(call, h, 0, tile.columns, tile.transposed, tile.queries);
-          project_tile(call, h, 1, tile.columns, tile.transposed, tile.keys);
-          as_right<T>(tile.queries, layout.depth, tile.columns, layout.tile);
-          as_right<T>(tile.keys, layout.depth, tile.columns, layout.tile);
-          const Acc* rows = Products<T>::pairs ? tile.words : tile.tokens;
-          multiply_packed<V, T>(tile.count, layout.dim, Cl, {rows, layout.local},
-              call.matrix(h, layout.to_value), {nullptr, 0}, {tile.values, layout.dim});
-          for (int64_t i = 0; i < tile.count; ++i) {
-            round_row<V, T>(tile.values + i * layout.dim, layout.dim);
-          }
-          as_right<T>(tile.values, tile.count, layout.dim, layout.dim);
-        }
+        if (!layout.absorbed) project(call, args, h, tile);
         attend_to_global(call, h, tile);
         attend_to_local(call, h, tile, partial_of(call, args, tile.image, chunk, h));
       }

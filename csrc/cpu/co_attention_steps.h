@@ -55,6 +55,10 @@ struct CoCall {
   int64_t global_offset(int64_t image, int64_t token) const {
     return (image * shape.global_tokens + token) * shape.global_width;
   }
+  // Where the kept [Q, K, V] of a local token and a head lie.
+  int64_t kept_offset(int64_t image, int64_t h, int64_t token) const {
+    return ((image * shape.heads + h) * shape.local_tokens + token) * layout.head;
+  }
   const T* local(int64_t image, int64_t token) const {
     return static_cast<const T*>(args.local) + local_offset(image, token);
   }
@@ -98,6 +102,7 @@ inline V rounded_as(V value) {
 
 template <typename V, typename T, typename Acc = typename V::Acc>
 inline void round_row(Acc* row, int64_t n) {
+  if constexpr (is_float<T>) return;
   for (int64_t c = 0; c < n; c += V::size) rounded_as<V, T>(V::load(row + c)).store(row + c);
 }
 
@@ -135,11 +140,13 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
   }
   copy_vector<T>(args.local_qkv_bias, h * d, d, layout.dim, Acc{0}, call.query_bias(h));
   copy_vector<T>(args.local_qkv_bias, 2 * dim + h * d, d, layout.dim, Acc{0}, call.value_bias(h));
-  with_values<T>(args.global_qkv_weight, [&](const auto* weight) {
-    pack_segments<V>(
-        weight + h * d * Cg, Cg, 3, dim, d, Cg, layout.head, call.matrix(h, layout.global_qkv));
-  });
-  as_packed<T>(layout.global_qkv, call.matrix(h, layout.global_qkv));
+  if (layout.global_qkv.depth > 0) {
+    with_values<T>(args.global_qkv_weight, [&](const auto* weight) {
+      pack_segments<V>(
+          weight + h * d * Cg, Cg, 3, dim, d, Cg, layout.head, call.matrix(h, layout.global_qkv));
+    });
+    as_packed<T>(layout.global_qkv, call.matrix(h, layout.global_qkv));
+  }
   with_values<T>(args.local_qkv_weight, [&](const auto* weight) {
     const auto natural = [&](const PackedMatrix& to, int64_t part) {
       if (to.depth == 0) return;
@@ -157,33 +164,24 @@ inline void pack_head(const CoCall<T>& call, int64_t h) {
     transposed(layout.to_query, 0);
     transposed(layout.to_key, 1);
     transposed(layout.to_value, 2);
-    if (layout.left == 0) return;
-    Acc* left = call.head(h) + layout.left;
-    for (int64_t row = 0; row < 3 * d; ++row) {
-      const auto* from = weight + (row / d * dim + h * d + row % d) * Cl;
-      for (int64_t c = 0; c < layout.local; ++c) {
-        left[row * layout.local + c] = c < Cl ? static_cast<Acc>(widened(from[c])) : Acc{0};
-      }
-    }
-    if (!layout.absorbed) {
-      as_left<T>(3 * d, layout.local, left);
-      as_packed<T>(layout.to_value, call.matrix(h, layout.to_value));
+    if (layout.local_qkv.depth > 0) {
+      pack_segments<V>(
+          weight + h * d * Cl, Cl, 3, dim, d, Cl, layout.head, call.matrix(h, layout.local_qkv));
+      as_packed<T>(layout.local_qkv, call.matrix(h, layout.local_qkv));
     }
     if (layout.local_rows.depth > 0) {
-      pack_panels<V, false>(
-          left, layout.local, layout.local, 3 * d, layout.local, call.matrix(h, layout.local_rows));
+      const auto row = [&](int64_t k) { return weight + (k / d * dim + h * d + k % d) * Cl; };
+      pack_rows<V>(row, Cl, 3 * d, layout.local, call.matrix(h, layout.local_rows));
     }
   });
   with_values<T>(args.local_proj_weight, [&](const auto* weight) {
-    pack_panels<V, true>(weight + h * d, dim, Cl, d, layout.local, call.matrix(h, layout.proj));
-    if (!layout.absorbed) as_packed<T>(layout.proj, call.matrix(h, layout.proj));
+    if (layout.proj.depth > 0) {
+      pack_panels<V, true>(weight + h * d, dim, Cl, d, layout.local, call.matrix(h, layout.proj));
+      if (!layout.absorbed) as_packed<T>(layout.proj, call.matrix(h, layout.proj));
+    }
     if (layout.to_attended.depth > 0) {
       pack_panels<V, false>(
           weight + h * d, dim, d, Cl, layout.dim, call.matrix(h, layout.to_attended));
-    }
-    if (layout.left_proj > 0) {
-      Acc* left = call.head(h) + layout.left_proj;
-      transpose(Cl, d, weight + h * d, dim, left, layout.local);
     }
   });
   if (layout.global_attended.depth > 0) {
@@ -247,8 +245,8 @@ inline Matrix<const Acc> right_of(const Acc* rows, int64_t stride) {
 }
 
 // Local tokens [first, first + count) of an image after the affine, in T's precision: (columns,
-// layout.local), and their transpose (Cl, layout.tile); zero behind the last one. Of pairs, the
-// transpose and `words`, which is needed then alone, hold words.
+// layout.local), and their transpose (Cl, layout.tile), which may be null; zero behind the last
+// one. Of pairs, the transpose and `words`, which is needed then alone, hold words.
 template <typename T>
 void load_tile(const CoCall<T>& call, int64_t image, int64_t first, int64_t count,
     AccumulatorOf<T>* tokens, AccumulatorOf<T>* transposed, AccumulatorOf<T>* words = nullptr) {
@@ -275,69 +273,69 @@ void load_tile(const CoCall<T>& call, int64_t image, int64_t first, int64_t coun
       copy_columns(1, stride, tokens + i * stride, stride, words + i * stride, stride);
       pair_columns(words + i * stride, stride);
     }
-    transpose(columns, depth_of<T>(Cl), words, stride, transposed, call.layout.tile);
-  } else {
-    transpose(columns, Cl, tokens, stride, transposed, call.layout.tile);
+  }
+  if (transposed == nullptr) return;
+  const Acc* rows = Products<T>::pairs ? words : tokens;
+  transpose(columns, depth_of<T>(Cl), rows, stride, transposed, call.layout.tile);
+}
+
+// The transpose (d, layout.tile) of `count` rows of one head, zero behind the last one.
+template <typename T>
+void transpose_tile(const CoCall<T>& call, const AccumulatorOf<T>* rows, int64_t stride,
+    int64_t count, AccumulatorOf<T>* to) {
+  const int64_t d = call.shape.head_dim, tile = call.layout.tile;
+  transpose(count, d, rows, stride, to, tile);
+  for (int64_t c = 0; c < d; ++c) {
+    for (int64_t i = count; i < padded(count); ++i) to[c * tile + i] = 0;
   }
 }
 
-// What the local tokens of an image meet of one head, from its normalised global tokens y, a left
-// side of T's products:
+// What the local tokens of an image meet of one head:
 //   absorbed   K_g·W_q/√d, Q_g·W_k/√d, V_g·W_projᵀ (M, Cl)    projected  K_g/√d, Q_g/√d, V_g (M, d)
-// and the bias of the scores K_g·b_q/√d. `qkv` (M, layout.head) becomes Q_g/√d, K_g/√d and V_g;
-// `unscaled`, where it is not null, gets [Q_g, K_g, V_g] of the head's columns in (M, 3·dim).
+// and the bias of the scores K_g·b_q/√d. `qkv` (M, layout.head), of which [Q_g, K_g, V_g] are
+// given, becomes Q_g/√d, K_g/√d and V_g.
 template <typename T>
-void meet(const CoCall<T>& call, int64_t image, int64_t h, const AccumulatorOf<T>* y,
-    AccumulatorOf<T>* qkv, AccumulatorOf<T>* unscaled, int64_t values_index) {
+void meet(
+    const CoCall<T>& call, int64_t image, int64_t h, AccumulatorOf<T>* qkv, int64_t values_index) {
   using V = typename Register<T>::type;
   using Acc = typename V::Acc;
   const CoAttentionLayout& layout = call.layout;
-  const int64_t M = call.shape.global_tokens, d = call.shape.head_dim, dim = call.shape.dim();
-  const int64_t inner = layout.inner;
-  multiply_packed<V, T>(M, layout.head, call.shape.global_width, {y, layout.global},
-      call.matrix(h, layout.global_qkv), {call.global_qkv_bias(h), 0}, {qkv, layout.head});
+  const int64_t M = call.shape.global_tokens, d = call.shape.head_dim, inner = layout.inner;
   Acc *keys = call.met(image, h, 0), *queries = call.met(image, h, 1);
   Acc *values = call.met(image, h, values_index), *bias = call.score_bias(image, h);
   const Acc* query_bias = call.query_bias(h);
+  const V scale = V::fill(call.scale);
   for (int64_t m = 0; m < M; ++m) {
     Acc* row = qkv + m * layout.head;
-    if (unscaled != nullptr) {
-      for (int64_t part = 0; part < 3; ++part) {
-        Acc* to = unscaled + m * 3 * dim + part * dim + h * d;
-        for (int64_t c = 0; c < d; ++c) to[c] = row[part * d + c];
-      }
-    }
-    for (int64_t c = 0; c < 2 * d; ++c) row[c] *= call.scale;
-    Acc sum = 0;
-    for (int64_t c = 0; c < d; ++c) sum += row[d + c] * query_bias[c];
-    bias[m] = sum;
+    V sum = V::zero();
+    for_each_register<V>(2 * d,
+        [&](int64_t c, int64_t n) { store_part(load_part<V>(row + c, n) * scale, row + c, n); });
+    for_each_register<V>(d, [&](int64_t c, int64_t n) {
+      sum = fma(load_part<V>(row + d + c, n), load_part<V>(query_bias + c, n), sum);
+    });
+    bias[m] = sum_of(sum);
   }
   for (int64_t m = M; m < layout.rows; ++m) bias[m] = 0;
-  if (layout.absorbed) {
-    multiply_packed<V>(M, inner, d, {qkv + d, layout.head}, call.matrix(h, layout.query),
-        {nullptr, 0}, {keys, inner});
-    multiply_packed<V>(M, inner, d, {qkv, layout.head}, call.matrix(h, layout.key), {nullptr, 0},
-        {queries, inner});
-    multiply_packed<V>(M, inner, d, {qkv + 2 * d, layout.head}, call.matrix(h, layout.proj),
-        {nullptr, 0}, {values, inner});
-  } else {
+  const Acc* parts[] = {qkv + d, qkv, qkv + 2 * d};
+  Acc* const to[] = {keys, queries, values};
+  const PackedMatrix* const matrices[] = {&layout.query, &layout.key, &layout.proj};
+  for (int part = 0; part < 3; ++part) {
+    if (layout.absorbed) {
+      multiply_packed<V>(M, inner, d, {parts[part], layout.head}, call.matrix(h, *matrices[part]),
+          {nullptr, 0}, {to[part], inner});
+      continue;
+    }
     for (int64_t m = 0; m < M; ++m) {
-      const Acc* row = qkv + m * layout.head;
-      for (int64_t c = 0; c < inner; ++c) {
-        keys[m * inner + c] = c < d ? row[d + c] : Acc{0};
-        queries[m * inner + c] = c < d ? row[c] : Acc{0};
-        values[m * inner + c] = c < d ? row[2 * d + c] : Acc{0};
+      for_each_register<V>(d, [&](int64_t c, int64_t n) {
+        load_part<V>(parts[part] + m * layout.head + c, n).store(to[part] + m * inner + c);
+      });
+      for (int64_t c = (d + V::size - 1) / V::size * V::size; c < inner; ++c) {
+        to[part][m * inner + c] = 0;
       }
     }
   }
-  for (int64_t m = 0; m < M; ++m) {
-    round_row<V, T>(keys + m * inner, inner);
-    round_row<V, T>(queries + m * inner, inner);
-    if constexpr (Products<T>::pairs) {
-      pair_columns(keys + m * inner, inner);
-      pair_columns(queries + m * inner, inner);
-    }
-  }
+  as_left<T>(M, inner, keys);
+  as_left<T>(M, inner, queries);
   as_right<T>(values, M, inner, inner);
 }
 
@@ -355,23 +353,6 @@ inline void drop_columns(const AttentionDropout& dropout, int64_t image, int64_t
         if (words.word[k] < threshold) weights[(m + k) * stride + i] = 0;
       }
     }
-  }
-}
-
-// A local projection without its bias: one head's Q, K or V of a tile, transposed, (d, columns), in
-// T's precision where nothing is absorbed.
-template <typename T>
-inline void project_tile(const CoCall<T>& call, int64_t h, int64_t part, int64_t columns,
-    const AccumulatorOf<T>* transposed, AccumulatorOf<T>* to) {
-  using V = typename Register<T>::type;
-  using Acc = typename V::Acc;
-  const CoAttentionLayout& layout = call.layout;
-  const int64_t d = call.shape.head_dim;
-  const Acc* left = call.head(h) + layout.left + part * d * layout.local;
-  multiply<false, V, typename Products<T>::type>(d, columns, depth_of<T>(call.shape.local_width),
-      {left, layout.local}, {transposed, layout.tile}, {nullptr, 0}, {to, layout.tile});
-  for (int64_t c = 0; !layout.absorbed && c < d; ++c) {
-    round_row<V, T>(to + c * layout.tile, columns);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "capability.h"
+#include "token_product.h"
 
 namespace dsnet::cpu {
 
@@ -42,8 +43,8 @@ struct AttentionLayout {
   int64_t dim;    // of one head's output
   int64_t keys;   // of transposed keys
   int64_t token_blocks, query_blocks;
-  // Norm weight and bias, then for each head the bias and the weights of [Q, K, V], transposed, in
-  // panels of a tile's columns.
+  // Norm weight and bias, which are all of it in the backward, then for each head the bias and the
+  // weights of [Q, K, V], transposed, in panels of a tile's columns.
   int64_t packed_head, packed;
   bool is_few;
 
@@ -56,10 +57,8 @@ struct AttentionLayout {
 
 // The same for the backward alone.
 struct AttentionBackwardLayout {
-  static constexpr int64_t token_block = 112;   // of B · M
-  static constexpr int64_t weight_block = 28;   // rows of the weight's gradient
-  static constexpr int64_t weight_depth = 448;  // tokens summed at a time
-  static constexpr int64_t panel = 48;          // a multiple of any tile's columns
+  static constexpr int64_t token_block = 112;  // of B · M
+  static constexpr int64_t panel = 48;         // a multiple of any tile's columns
 
   AttentionBackwardLayout() = default;
   AttentionBackwardLayout(const AttentionShape& shape, const AttentionLayout& layout) {
@@ -72,78 +71,74 @@ struct AttentionBackwardLayout {
     split_blocks = (blocks + splits - 1) / splits;
     splits = (blocks + split_blocks - 1) / split_blocks;
     token_blocks = (shape.batch * shape.tokens + token_block - 1) / token_block;
-    weight_blocks = (3 * shape.width() + weight_block - 1) / weight_block;
     panels = (layout.width + panel - 1) / panel;
   }
 
   int64_t query_block;   // of one head, handled together
   int64_t splits;        // tasks of one head, each with its own sums for K and V
   int64_t split_blocks;  // query blocks of a split
-  int64_t token_blocks, weight_blocks, panels;
+  int64_t token_blocks, panels;
 
   int64_t scratch(const AttentionShape& shape, const AttentionLayout& layout) const {
     const int64_t rows = query_block, M = shape.tokens;
     int64_t heads =
         (2 * layout.keys + 3 * layout.dim + 2 * lanes) * rows + 3 * M * layout.dim + layout.keys;
-    if (layout.is_few) heads += M * layout.head + 2 * shape.head_dim * layout.keys;
+    if (layout.is_few) heads += 2 * shape.head_dim * layout.keys;
     const int64_t tokens = (token_block + 2) * layout.width;
-    const int64_t weights = weight_block * (weight_depth + 2 * layout.width);
-    const int64_t projection = layout.scratch(shape);
-    const int64_t most = heads > tokens ? heads : tokens;
-    const int64_t more = weights > projection ? weights : projection;
-    return most > more ? most : more;
+    return heads > tokens ? heads : tokens;
   }
 };
 
 // All memory in accumulators, aligned to 64 bytes, unless it says otherwise.
-struct AttentionProjection {
+struct AttentionCall {
   AttentionShape shape;
   const void* x;  // (B, M, C) as stored
-  Parameter norm_weight, norm_bias, qkv_weight, qkv_bias;
+  Parameter norm_weight, norm_bias, qkv_weight;
   double eps;
   AttentionDropout dropout;
-  void* packed;  // layout.packed
+  void* packed;  // see AttentionLayout
   // With many tokens:
-  void* qkv;     // (B, h, M, layout.head)
-  void* keys;    // (B, h, d, layout.keys)
-  void* values;  // (B, h, d, layout.keys), in the backward
-  // In the backward:
-  void* y;        // (B, M, layout.width), the normalised tokens
-  void* moments;  // (B, M, 2): mean, 1 / √(variance + eps)
+  void* keys;  // (B, h, d, layout.keys)
 };
 
-struct AttentionForward : AttentionProjection {
-  void* out;  // (B, M, C) as stored
-  void* lse;  // (B, h, M)
+struct AttentionForward : AttentionCall {
+  Parameter qkv_bias;
+  void* out;   // (B, M, C) as stored
+  void* lse;   // (B, h, M)
+  void* kept;  // (B, h, M, layout.head): [Q, K, V] for the backward; may be null
+  // With many tokens:
+  void* qkv;  // likewise
 };
 
-struct AttentionBackward : AttentionProjection {
+struct AttentionBackward : AttentionCall {
   AttentionBackwardLayout cut;
-  const void* grad;       // (B, M, C) as stored
-  const void* lse;        // (B, h, M)
-  void* packed_rows;      // (3·C, layout.width) in panels of a tile's columns: the weights
-  void* grad_qkv;         // (B, M, 3·C), columns as the weight's rows
-  void* partials;         // (B, h, splits, 2, M, d) of K and V, where there are several splits
-  void* norm_partials;    // (token_blocks, 2, layout.width) of weight and bias
-  void* grad_x;           // (B, M, C) as stored
-  void* grad_qkv_weight;  // (3·C, C)
-  void* grad_qkv_bias;    // (3·C)
+  const void* grad;     // (B, M, C) as stored
+  const void* lse;      // (B, h, M)
+  const void* qkv;      // (B, h, M, layout.head): what the forward kept
+  void* y;              // (B, M, layout.width), the normalised tokens
+  void* moments;        // (B, M, 2): mean, 1 / √(variance + eps)
+  void* packed_rows;    // (3·C, layout.width) in panels of a tile's columns: the weights
+  void* grad_qkv;       // (B, M, 3·C), columns as the weight's rows
+  void* partials;       // (B, h, splits, 2, M, d) of K and V, where there are several splits
+  void* norm_partials;  // (token_blocks, 2, layout.width) of weight and bias
+  void* grad_x;         // (B, M, C) as stored
+  // With many tokens:
+  void* values;  // (B, h, d, layout.keys)
 };
 
 struct AttentionForwardKernels {
-  Step<AttentionProjection> pack;     // h + 1 tasks
-  Step<AttentionForward> few;         // B · h tasks: everything else
-  Step<AttentionProjection> project;  // B · token_blocks tasks
-  Step<AttentionForward> attend;      // B · h · query_blocks tasks
+  Step<AttentionForward> pack;     // h + 1 tasks
+  Step<AttentionForward> few;      // B · h tasks: everything else
+  Step<AttentionForward> project;  // B · token_blocks tasks
+  Step<AttentionForward> attend;   // B · h · query_blocks tasks
 };
 
 struct AttentionBackwardKernels {
-  Step<AttentionProjection> pack;     // h + 1 tasks
-  Step<AttentionBackward> pack_rows;  // panels tasks
-  Step<AttentionProjection> project;  // B · token_blocks tasks
+  Step<AttentionBackward> pack;       // panels + 1 tasks
+  Step<AttentionBackward> normalise;  // B · token_blocks tasks
   Step<AttentionBackward> heads;      // B · h · splits tasks: gradients of Q, K and V
   Step<AttentionBackward> tokens;     // cut.token_blocks tasks: of x and the norm
-  Step<AttentionBackward> weights;    // cut.weight_blocks tasks: of weight and bias
+  Step<TokenProduct> weights;         // of weight and bias
 };
 
 AttentionForwardKernels global_attention_forward(Capability capability, Storage storage);

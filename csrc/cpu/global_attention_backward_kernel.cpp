@@ -1,11 +1,12 @@
 // Global self-attention, backward; compiled once per instruction set.
 //
-// With P the attention weights, recomputed from the scores and the saved logarithms of their sums,
-// and dropped ones and the scale of kept ones in K (1 without dropout), for one head:
+// With P the attention weights, recomputed from the kept [Q, K, V] and the saved logarithms of
+// their sums, and dropped ones and the scale of kept ones in K (1 without dropout), for one head:
 //   dV = (P∘K)ᵀ·dO    dP = K∘(dO·Vᵀ)    dS = P∘(dP − Σ_j P∘dP)/√d    dQ = dS·K    dK = dSᵀ·Q
 // Then over all heads dy = [dQ, dK, dV]·W, dW = [dQ, dK, dV]ᵀ·y, and the LayerNorm's gradient.
-#include "global_attention_projection.h"
+#include "global_attention_steps.h"
 #include "storages.h"
+#include "token_product_steps.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
@@ -36,8 +37,11 @@ void pack_rows_from(
   }
 }
 
+// A task for each group of panels, and one for the norm.
 template <typename T>
-void pack_rows(const AttentionBackward& args, void*, int64_t begin, int64_t end) {
+void pack(const AttentionBackward& args, void*, int64_t begin, int64_t end) {
+  if (end > args.cut.panels) pack_norm(Call<T>(args));
+  end = smaller(end, args.cut.panels);
   if (args.qkv_weight.is_accumulator) {
     const auto* weight = static_cast<const AccumulatorOf<T>*>(args.qkv_weight.data);
     pack_rows_from<T>(args, weight, begin, end);
@@ -46,11 +50,38 @@ void pack_rows(const AttentionBackward& args, void*, int64_t begin, int64_t end)
   }
 }
 
+// Normalises a block of tokens and, where they are many, transposes its keys and values.
+template <typename T>
+void normalise(const AttentionBackward& args, void*, int64_t begin, int64_t end) {
+  using Acc = AccumulatorOf<T>;
+  const Call<T> call(args);
+  const AttentionLayout& layout = call.layout;
+  const int64_t M = args.shape.tokens, d = args.shape.head_dim;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / layout.token_blocks;
+    const int64_t first = task % layout.token_blocks * AttentionLayout::token_block;
+    const int64_t count = smaller(AttentionLayout::token_block, M - first);
+    const int64_t row = image * M + first;
+    normalise_tokens(call, image, first, count, static_cast<Acc*>(args.y) + row * layout.width,
+        static_cast<Moments<Acc>*>(args.moments) + row);
+    for (int64_t head = 0; !layout.is_few && head < args.shape.heads; ++head) {
+      const Acc* qkv =
+          static_cast<const Acc*>(args.qkv) + call.qkv_offset(image, head) + first * layout.head;
+      void* const parts[] = {args.keys, args.values};
+      for (int part = 0; part < 2; ++part) {
+        Acc* transposed = static_cast<Acc*>(parts[part]) + call.keys_offset(image, head);
+        transpose(count, d, qkv + (1 + part) * d, layout.head, transposed + first, layout.keys);
+        if (first + count == M) clear_padding(call, transposed);
+      }
+    }
+  }
+}
+
 // One head's matrices: of all tokens [Q, K, V], K and V transposed, and the output's gradient.
 template <typename Acc>
 struct Head {
   int64_t image, head;
-  Acc* qkv;
+  const Acc* qkv;
   Acc* keys;
   Acc* values;
   Acc* grad;
@@ -134,7 +165,6 @@ void heads(const AttentionBackward& args, void* memory, int64_t begin, int64_t e
   Head<Acc> of{};
   of.grad = scratch.take(M * layout.dim);
   if (layout.is_few) {
-    of.qkv = scratch.take(M * layout.head);
     of.keys = scratch.take(d * layout.keys);
     of.values = scratch.take(d * layout.keys);
     clear_padding(call, of.keys);
@@ -145,15 +175,14 @@ void heads(const AttentionBackward& args, void* memory, int64_t begin, int64_t e
     const int64_t split = task % cut.splits, index = task / cut.splits;
     of.image = index / args.shape.heads;
     of.head = index % args.shape.heads;
+    of.qkv = static_cast<const Acc*>(args.qkv) + call.qkv_offset(of.image, of.head);
     if (layout.is_few) {
-      const Acc* y = static_cast<const Acc*>(args.y) + of.image * M * layout.width;
-      project_head(call, of.head, M, y, of.qkv);
       transpose(M, d, of.qkv + d, layout.head, of.keys, layout.keys);
       transpose(M, d, of.qkv + 2 * d, layout.head, of.values, layout.keys);
     } else {
-      of.qkv = qkv_of(call, of.image, of.head);
-      of.keys = transposed_of(call, args.keys, of.image, of.head);
-      of.values = transposed_of(call, args.values, of.image, of.head);
+      const int64_t offset = call.keys_offset(of.image, of.head);
+      of.keys = static_cast<Acc*>(args.keys) + offset;
+      of.values = static_cast<Acc*>(args.values) + offset;
     }
     const int64_t first = split * cut.split_blocks * cut.query_block;
     const int64_t last = smaller(M, first + cut.split_blocks * cut.query_block);
@@ -254,55 +283,9 @@ void tokens(const AttentionBackward& args, void* memory, int64_t begin, int64_t 
   }
 }
 
-// Rows of the weight's gradient: products over all tokens, some at a time.
-template <typename T>
-void weights(const AttentionBackward& args, void* memory, int64_t begin, int64_t end) {
-  using V = typename Register<T>::type;
-  using Acc = typename V::Acc;
-  using Layout = AttentionBackwardLayout;
-  const Call<T> call(args);
-  const int64_t C = args.shape.width(), width = call.layout.width;
-  const int64_t all = args.shape.batch * args.shape.tokens;
-  Scratch<Acc> scratch(memory);
-  Acc* columns = scratch.take(Layout::weight_depth * Layout::weight_block);
-  Acc* sums = scratch.take(Layout::weight_block * width);
-  Acc* part = scratch.take(Layout::weight_block * width);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task * Layout::weight_block;
-    const int64_t rows = smaller(Layout::weight_block, 3 * C - row);
-    double bias[Layout::weight_block] = {};
-    for (int64_t first = 0; first < all; first += Layout::weight_depth) {
-      const int64_t depth = smaller(Layout::weight_depth, all - first);
-      const Acc* grad_qkv = static_cast<const Acc*>(args.grad_qkv) + first * 3 * C + row;
-      for (int64_t t0 = 0; t0 < depth; t0 += 32) {
-        Acc part_of_bias[Layout::weight_block] = {};
-        for (int64_t t = t0; t < smaller(t0 + 32, depth); ++t) {
-          for (int64_t i = 0; i < rows; ++i) {
-            const Acc value = grad_qkv[t * 3 * C + i];
-            columns[t * Layout::weight_block + i] = value;
-            part_of_bias[i] += value;
-          }
-        }
-        for (int64_t i = 0; i < rows; ++i) bias[i] += static_cast<double>(part_of_bias[i]);
-      }
-      const Acc* y = static_cast<const Acc*>(args.y) + first * width;
-      multiply<true, V>(rows, width, depth, {columns, Layout::weight_block}, {y, width},
-          {nullptr, 0}, {first > 0 ? part : sums, width});
-      if (first == 0) continue;
-      for (int64_t c = 0; c < rows * width; c += V::size) {
-        (V::load(sums + c) + V::load(part + c)).store(sums + c);
-      }
-    }
-    copy_columns(rows, C, sums, width, static_cast<Acc*>(args.grad_qkv_weight) + row * C, C);
-    for (int64_t i = 0; i < rows; ++i) {
-      static_cast<Acc*>(args.grad_qkv_bias)[row + i] = static_cast<Acc>(bias[i]);
-    }
-  }
-}
-
 template <typename T>
 constexpr AttentionBackwardKernels kernels{
-    pack<T>, pack_rows<T>, project<T>, heads<T>, tokens<T>, weights<T>};
+    pack<T>, normalise<T>, heads<T>, tokens<T>, token_product<T>};
 
 }  // namespace
 

@@ -1,9 +1,111 @@
 // Global self-attention, forward; compiled once per instruction set.
-#include "global_attention_projection.h"
+#include "global_attention_steps.h"
 #include "storages.h"
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 namespace {
+
+// Task h packs the norm, task `head` the weights of that head.
+template <typename T>
+void pack(const AttentionForward& args, void* memory, int64_t begin, int64_t end) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const Call<T> call(args);
+  const AttentionShape& shape = args.shape;
+  const int64_t C = shape.width(), d = shape.head_dim, stride = call.layout.head;
+  const int64_t depth = depth_of<T>(C);
+  for (int64_t task = begin; task < end; ++task) {
+    if (task == shape.heads) {
+      pack_norm(call);
+      continue;
+    }
+    Acc* bias = call.packed_head(task);
+    Acc* panel = bias + stride;
+    const auto source_row = [&](int64_t column) { return column / d * C + task * d + column % d; };
+    for (int64_t j = 0; j < stride; ++j) {
+      bias[j] = j < 3 * d ? value_at<T, Acc>(args.qkv_bias, source_row(j)) : Acc{0};
+    }
+    for (int64_t first = 0; first < stride; first += tile_columns<V>) {
+      const int64_t columns = smaller(tile_columns<V>, stride - first);
+      // In runs of rows that follow one another in the source.
+      for (int64_t j = 0; j < columns;) {
+        const int64_t column = first + j;
+        if (column >= 3 * d) {
+          for (int64_t k = 0; k < depth; ++k) {
+            for (int64_t i = j; i < columns; ++i) panel[k * columns + i] = 0;
+          }
+          break;
+        }
+        const int64_t run = smaller(columns - j, d - column % d);
+        const int64_t offset = source_row(column) * C;
+        if (!args.qkv_weight.is_accumulator) {
+          const T* rows = static_cast<const T*>(args.qkv_weight.data) + offset;
+          if constexpr (Products<T>::pairs) {
+            // Rows of bfloat16 are rows of pairs.
+            const float* words = reinterpret_cast<const float*>(rows);
+            transpose(run, C / 2, words, C / 2, panel + j, columns);
+          } else {
+            transpose(run, C, rows, C, panel + j, columns);
+          }
+        } else {
+          const Acc* rows = static_cast<const Acc*>(args.qkv_weight.data) + offset;
+          if constexpr (Products<T>::pairs) {
+            Acc* row = static_cast<Acc*>(memory);
+            for (int64_t i = 0; i < run; ++i) {
+              copy_columns(1, C, rows + i * C, C, row, C);
+              pair_columns(row, C);
+              for (int64_t k = 0; k < C / 2; ++k) panel[k * columns + j + i] = row[k];
+            }
+          } else {
+            transpose(run, C, rows, C, panel + j, columns);
+          }
+        }
+        j += run;
+      }
+      panel += depth * columns;
+    }
+  }
+}
+
+// [Q, K, V] of one head for `count` normalised tokens, an even number but for the last; also as the
+// backward reads them, where `kept` is not null.
+template <typename T>
+void project_head(const Call<T>& call, int64_t head, int64_t count, const AccumulatorOf<T>* y,
+    AccumulatorOf<T>* qkv, AccumulatorOf<T>* kept) {
+  using V = typename Register<T>::type;
+  using Acc = typename V::Acc;
+  const int64_t depth = depth_of<T>(call.shape.width()), stride = call.layout.head;
+  const Acc* bias = call.packed_head(head);
+  const Acc* panel = bias + stride;
+  for (int64_t first = 0; first < stride; first += tile_columns<V>) {
+    const int64_t columns = smaller(tile_columns<V>, stride - first);
+    multiply<false, V, typename Products<T>::type>(count, columns, depth, {y, call.layout.width},
+        {panel, columns}, {bias + first, 0}, {qkv + first, stride});
+    panel += depth * columns;
+  }
+  if (kept != nullptr) copy_columns(1, count * stride, qkv, 0, kept, 0);
+  if constexpr (Products<T>::pairs) {
+    // Along the channels of Q and K, along the tokens of V.
+    const int64_t d = call.shape.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      Acc* row = qkv + i * stride;
+      pair_columns(row, d);
+      pair_columns(row + d, d);
+      if (i % 2 == 0) {
+        Acc* next = i + 1 < count ? row + stride + 2 * d : nullptr;
+        pair_rows(row + 2 * d, next, call.layout.dim);
+      }
+    }
+  }
+}
+
+// Where a head's [Q, K, V] are kept, or null.
+template <typename T>
+AccumulatorOf<T>* kept_of(
+    const Call<T>& call, const AttentionForward& args, int64_t image, int64_t head) {
+  if (args.kept == nullptr) return nullptr;
+  return static_cast<AccumulatorOf<T>*>(args.kept) + call.qkv_offset(image, head);
+}
 
 // Queries [begin, end) of one head against all its keys: softmax over blocks of keys with a running
 // maximum and sum, then the residual.
@@ -116,7 +218,7 @@ void few(const AttentionForward& args, void* memory, int64_t begin, int64_t end)
     const int64_t image = task / args.shape.heads, head = task % args.shape.heads;
     if (image != normalised) normalise_tokens(call, image, 0, M, y);
     normalised = image;
-    project_head(call, head, M, y, qkv);
+    project_head(call, head, M, y, qkv, kept_of(call, args, image, head));
     const int64_t d = args.shape.head_dim;
     transpose(M, depth_of<T>(d), qkv + d, layout.head, keys, layout.keys);
     for (int64_t i = 0; i < M; i += AttentionLayout::query_block) {
@@ -126,8 +228,34 @@ void few(const AttentionForward& args, void* memory, int64_t begin, int64_t end)
   }
 }
 
+// Normalises a block of tokens and projects all its heads.
+template <typename T>
+void project(const AttentionForward& args, void* memory, int64_t begin, int64_t end) {
+  using Acc = AccumulatorOf<T>;
+  const Call<T> call(args);
+  const AttentionLayout& layout = call.layout;
+  const int64_t M = args.shape.tokens, d = args.shape.head_dim;
+  Acc* y = static_cast<Acc*>(memory);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / layout.token_blocks;
+    const int64_t first = task % layout.token_blocks * AttentionLayout::token_block;
+    const int64_t count = smaller(AttentionLayout::token_block, M - first);
+    normalise_tokens(call, image, first, count, y);
+    for (int64_t head = 0; head < args.shape.heads; ++head) {
+      Acc* qkv = static_cast<Acc*>(args.qkv) + call.qkv_offset(image, head) + first * layout.head;
+      Acc* kept = kept_of(call, args, image, head);
+      if (kept != nullptr) kept += first * layout.head;
+      project_head(call, head, count, y, qkv, kept);
+      Acc* keys = static_cast<Acc*>(args.keys) + call.keys_offset(image, head);
+      transpose(count, depth_of<T>(d), qkv + d, layout.head, keys + first, layout.keys);
+      if (first + count == M) clear_padding(call, keys);
+    }
+  }
+}
+
 template <typename T>
 void attend(const AttentionForward& args, void* memory, int64_t begin, int64_t end) {
+  using Acc = AccumulatorOf<T>;
   const Call<T> call(args);
   const int64_t blocks = call.layout.query_blocks;
   for (int64_t task = begin; task < end; ++task) {
@@ -135,8 +263,9 @@ void attend(const AttentionForward& args, void* memory, int64_t begin, int64_t e
     const int64_t image = task / blocks / args.shape.heads;
     const int64_t first = task % blocks * AttentionLayout::query_block;
     const int64_t last = smaller(first + AttentionLayout::query_block, args.shape.tokens);
-    attend_rows(call, args, image, head, first, last, qkv_of(call, image, head),
-        transposed_of(call, args.keys, image, head), Scratch<AccumulatorOf<T>>(memory));
+    attend_rows(call, args, image, head, first, last,
+        static_cast<const Acc*>(args.qkv) + call.qkv_offset(image, head),
+        static_cast<const Acc*>(args.keys) + call.keys_offset(image, head), Scratch<Acc>(memory));
   }
 }
 

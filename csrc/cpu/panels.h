@@ -5,31 +5,42 @@
 
 namespace dsnet::cpu::DSNET_CPU_ARCH {
 
-// Packs a right side (depth, columns) into the panels of multiply_panels: element (k, j) is
-// from[k · stride + j], or with `transposed` from[j · stride + k], for j below `count` and 0
-// behind.
+// Packs a right side (depth, columns) into the panels of multiply_panels: row k is row(k), of which
+// `inside` columns count, with 0 behind.
+template <typename V, typename Row, typename Acc = typename V::Acc>
+inline void pack_rows(const Row& row, int64_t inside, int64_t depth, int64_t columns, Acc* to) {
+  int64_t width;
+  for (int64_t first = 0; first < columns; first += width) {
+    width = panel_of<V>(first, columns).columns;
+    Acc* panel = to + first * depth;
+    for (int64_t k = 0; k < depth; ++k) {
+      const auto* from = row(k) + first;
+      for (int64_t j = 0; j < width; j += V::size) {
+        const int64_t n = inside - first - j;
+        const V part = n >= V::size ? V::load(from + j) : n > 0 ? V::load(from + j, n) : V::zero();
+        part.store(panel + k * width + j);
+      }
+    }
+  }
+}
+
+// The same of a matrix: element (k, j) is from[k · stride + j], or with `transposed`
+// from[j · stride + k].
 template <typename V, bool transposed, typename T, typename Acc = typename V::Acc>
 inline void pack_panels(
     const T* from, int64_t stride, int64_t count, int64_t depth, int64_t columns, Acc* to) {
+  if constexpr (!transposed) {
+    pack_rows<V>([&](int64_t k) { return from + k * stride; }, count, depth, columns, to);
+    return;
+  }
   int64_t width;
   for (int64_t first = 0; first < columns; first += width) {
     width = panel_of<V>(first, columns).columns;
     const int64_t inside = count > first ? smaller(width, count - first) : 0;
     Acc* panel = to + first * depth;
-    if constexpr (transposed) {
-      transpose(inside, depth, from + first * stride, stride, panel, width);
-      for (int64_t k = 0; inside < width && k < depth; ++k) {
-        for (int64_t j = inside; j < width; ++j) panel[k * width + j] = 0;
-      }
-    } else {
-      for (int64_t k = 0; k < depth; ++k) {
-        const T* row = from + k * stride + first;
-        for (int64_t j = 0; j < width; j += V::size) {
-          const int64_t n = inside - j;
-          const V part = n >= V::size ? V::load(row + j) : n > 0 ? V::load(row + j, n) : V::zero();
-          part.store(panel + k * width + j);
-        }
-      }
+    transpose(inside, depth, from + first * stride, stride, panel, width);
+    for (int64_t k = 0; inside < width && k < depth; ++k) {
+      for (int64_t j = inside; j < width; ++j) panel[k * width + j] = 0;
     }
   }
 }

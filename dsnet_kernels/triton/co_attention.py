@@ -117,20 +117,25 @@ def forward(
     global_: Tensor,
     num_heads: int,
     *others: Tensor | float | bool | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(B, N, Cl), (B, M, Cg) and, in float32, both softmaxes and what the global queries attend to.
 
-    ``others`` are the parameters, eps, dropout_p, seed and absorbed.
+    Last two empty tensors: nothing is kept, the backward projects again. ``others`` are the
+    parameters, eps, dropout_p, seed, absorbed and keep_qkv.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, device, shape or probability.
     """
-    *parameters, eps, dropout_p, seed, absorbed = others
+    *parameters, eps, dropout_p, seed, absorbed, keep_qkv = others
     p, weights = make_problem(local, global_, num_heads, parameters, dropout_p, seed, absorbed)
+    if keep_qkv:
+        raise ValueError("keep_qkv: expected False, for the backward projects again, got True")
+    # Results must not share memory, so each is its own.
+    kept = [local.new_empty((0,), dtype=torch.float32) for _ in range(2)]
     if p.batch == 0:
         sizes = ((p.heads, p.tokens, 2), (p.heads, p.global_tokens, 2), (p.global_tokens, p.dim))
         saved = (local.new_empty((0, *size), dtype=torch.float32) for size in sizes)
-        return torch.empty_like(local), torch.empty_like(global_), *saved
+        return torch.empty_like(local), torch.empty_like(global_), *saved, *kept
     local, global_ = local.contiguous(), global_.contiguous()
     seed = seed if dropout_p > 0 else None
     with torch.cuda.device_of(local):
@@ -146,4 +151,4 @@ def forward(
             bias=weights["global_proj_bias"],
             residual=global_,
         )
-    return new_local, new_global, local_softmax, global_softmax, attended
+    return new_local, new_global, local_softmax, global_softmax, attended, *kept

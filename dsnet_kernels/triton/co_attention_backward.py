@@ -213,6 +213,8 @@ def backward(
     local_softmax: Tensor,
     global_softmax: Tensor,
     attended: Tensor,
+    local_qkv: None,
+    global_qkv: None,
     num_heads: int,
     *others: Tensor | float | bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

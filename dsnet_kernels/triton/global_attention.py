@@ -155,18 +155,24 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    keep_qkv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(B, M, C) in x's dtype and the logarithms of the softmaxes' sums, (B, h, M) in float32.
+
+    Last an empty tensor: nothing is kept, the backward projects again.
 
     Raises:
         TypeError, ValueError: for a wrong dtype, device, shape or probability.
     """
     parameters = [norm_weight, norm_bias, qkv_weight, qkv_bias]
     p = _check(x, num_heads, *parameters, dropout_p, seed)
+    if keep_qkv:
+        raise ValueError("keep_qkv: expected False, for the backward projects again, got True")
     out = x.new_empty(x.shape)
     lse = x.new_empty((p.batch, num_heads, p.tokens), dtype=torch.float32)
+    none = lse.new_empty((0,))
     if p.rows == 0:
-        return out, lse
+        return out, lse, none
     x = x.contiguous()
     parameters = [parameter.contiguous() for parameter in parameters]
     seed = seed if dropout_p > 0 else None
@@ -190,13 +196,14 @@ def forward(
             many_launches(p)["forward"](
                 x, qkv, seed, out, lse, p.tokens, threshold(dropout_p), scale, keep_scale
             )
-    return out, lse
+    return out, lse, none
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     lse: Tensor,
+    qkv: None,
     num_heads: int,
     norm_weight: Tensor,
     norm_bias: Tensor,

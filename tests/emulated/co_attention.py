@@ -6,7 +6,7 @@ import emulator_build
 import torch
 from torch import Tensor
 
-from dsnet_kernels.co_attention import _parameter_shapes
+from dsnet_kernels.co_attention import _kept_sizes, _parameter_shapes
 
 from .call import Call, change
 
@@ -51,13 +51,19 @@ def forward(
     seed: int = 0,
     **fields: int,
 ) -> tuple[Tensor, ...]:
-    """The streams and what is saved; ``others`` are the parameters, eps, dropout_p, seed, absorbed.
+    """The streams, what is saved and what is kept: memory alone, which the backward does not read.
 
+    ``others`` are the parameters, eps, dropout_p, seed, absorbed and perhaps keep_qkv.
     ``seed`` orders the threads, ``fields`` replace those of the launch.
     """
-    *others, absorbed = others
+    keep_qkv = len(others) > len(PARAMETERS) + 4 and others[-1]
+    *others, absorbed = others[: len(PARAMETERS) + 4]
     (batch, tokens, width), global_tokens = local.shape, global_.shape[1]
     dim = others[6].shape[1]
+    sizes = (0, 0)
+    if keep_qkv:
+        sizes = _kept_sizes(local.shape, global_tokens, num_heads, dim, absorbed)
+    kept = [torch.zeros(size) for size in sizes]
     shapes = {
         "out_local": tuple(local.shape),
         "out_global": tuple(global_.shape),
@@ -70,7 +76,8 @@ def forward(
         "out_global": local.dtype,
     }
     if batch == 0:
-        return tuple(torch.empty(shapes[name], dtype=dtypes[name]) for name in shapes)
+        empty = (torch.empty(shapes[name], dtype=dtypes[name]) for name in shapes)
+        return *empty, *kept
     emulator = emulator_build.load("co_attention")
     call = Call(emulator, local.dtype)
     results = [call.output(n, torch.Size(shapes[n]).numel(), dtypes[n]) for n in shapes]
@@ -83,7 +90,7 @@ def forward(
     args.workspace = call.output("workspace", size, torch.uint8)
     emulator.set_seed(seed)
     emulator.forward(args, call.storage, launch)
-    return tuple(call.result(name, dtypes[name], shapes[name]) for name in shapes)
+    return *(call.result(name, dtypes[name], shapes[name]) for name in shapes), *kept
 
 
 def backward(
@@ -94,6 +101,8 @@ def backward(
     local_softmax: Tensor,
     global_softmax: Tensor,
     attended: Tensor,
+    local_qkv: Tensor | None,
+    global_qkv: Tensor | None,
     num_heads: int,
     *others: Any,
     seed: int = 0,

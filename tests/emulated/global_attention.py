@@ -6,6 +6,8 @@ import emulator_build
 import torch
 from torch import Tensor
 
+from dsnet_kernels.global_attention import qkv_size
+
 from .call import Call
 
 
@@ -43,15 +45,20 @@ def forward(
     eps: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    keep_qkv: bool = False,
     *,
     seed: int = 0,
     **fields: int,
-) -> tuple[Tensor, Tensor]:
-    """out and lse; ``seed`` orders the threads, ``fields`` replace those of the launch."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and what is kept: memory alone, which the backward does not read.
+
+    ``seed`` orders the threads, ``fields`` replace those of the launch.
+    """
     batch, tokens, width = x.shape
+    kept = qkv_size(batch, tokens, num_heads, width // num_heads) if keep_qkv else 0
     sums = (batch, num_heads, tokens)
     if x.numel() == 0:
-        return torch.empty_like(x), torch.empty(sums)
+        return torch.empty_like(x), torch.empty(sums), torch.zeros(kept)
     emulator = emulator_build.load("global_attention")
     call = Call(emulator, x.dtype, seed, fields)
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, dropout_seed)
@@ -63,13 +70,15 @@ def forward(
         call.output("qkv", 3 * x.numel(), x.dtype),
     )
     call.run(emulator.forward, args, call.launch(args))
-    return call.result("out", x.dtype, tuple(x.shape)), call.result("lse", torch.float32, sums)
+    lse = call.result("lse", torch.float32, sums)
+    return call.result("out", x.dtype, tuple(x.shape)), lse, torch.zeros(kept)
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     lse: Tensor,
+    qkv: Tensor | None,
     num_heads: int,
     norm_weight: Tensor,
     norm_bias: Tensor,

@@ -23,7 +23,7 @@ def raw(inputs, absorbed, dropout_p=0.0, seed=None):
     """Arguments of the raw operator."""
     tokens = inputs["local"].flatten(2).transpose(1, 2)
     _, *others = inputs.values()
-    return (tokens, *others, 1e-5, dropout_p, seed, absorbed)
+    return (tokens, *others, 1e-5, dropout_p, seed, absorbed, False)
 
 
 @in_both_forms
@@ -63,7 +63,7 @@ def test_padded_keys_beside_strongly_negative_logits(height, tokens, absorbed):
             inputs[f"{stream}_qkv_bias"][:32] = root
             inputs[f"{stream}_qkv_bias"][32:64] = -root
         del inputs["absorbed"]
-        _, _, local_softmax, global_softmax, _ = OP(*raw(inputs, absorbed))
+        _, _, local_softmax, global_softmax, *_ = OP(*raw(inputs, absorbed))
         assert (local_softmax[..., 0] < -250).all()
         if not absorbed:
             # The key bias adds one number to all logits of a query; absorbed it is left out.
@@ -92,7 +92,7 @@ def test_saved_softmaxes(absorbed):
     """The maximum of the logits and the sum beside it give the logarithm of the softmax's sum."""
     inputs, _ = sample(CASE, (2, 5, 7, 19, 2, 8, 12, 20))
     inputs["local_qkv_bias"][16:32] = 0
-    _, _, *found, _ = OP(*raw(inputs, absorbed))
+    _, _, *found, _, _, _ = OP(*raw(inputs, absorbed))
     i = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     local = i["local"] * i["local_scale"].view(-1, 1, 1) + i["local_shift"].view(-1, 1, 1)
     local = local.flatten(2).transpose(1, 2) @ i["local_qkv_weight"].T + i["local_qkv_bias"]
@@ -143,7 +143,12 @@ REST = (1e-5, 0.0, None, None)
 )
 def test_the_raw_operator_checks_too(args, error, message):
     with pytest.raises(error, match=message):
-        OP(*args)
+        OP(*args, False)
+
+
+def test_nothing_is_kept():
+    with pytest.raises(ValueError, match="keep_qkv: expected False"):
+        OP(LOCAL, GLOBAL, 2, *PARAMETERS, *REST, True)
 
 
 SAVED = (torch.zeros(2, 2, 6, 2), torch.zeros(2, 2, 3, 2), torch.zeros(2, 3, 16))
@@ -160,7 +165,7 @@ SAVED = (torch.zeros(2, 2, 6, 2), torch.zeros(2, 2, 3, 2), torch.zeros(2, 3, 16)
 )
 def test_the_raw_gradient_checks_too(grads, saved, error, message):
     with pytest.raises(error, match=message):
-        OP_BACKWARD(*grads, LOCAL, GLOBAL, *saved, 2, *PARAMETERS, *REST)
+        OP_BACKWARD(*grads, LOCAL, GLOBAL, *saved, None, None, 2, *PARAMETERS, *REST)
 
 
 def test_refusals_with_the_reason():

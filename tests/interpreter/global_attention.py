@@ -25,7 +25,7 @@ few_and_many = pytest.mark.parametrize("tokens", [9, 67])
 
 def raw(inputs, dropout_p=0.0, seed=None):
     """Arguments of the raw operator."""
-    return (*inputs.values(), 1e-5, dropout_p, seed)
+    return (*inputs.values(), 1e-5, dropout_p, seed, False)
 
 
 @in_both_dtypes
@@ -77,7 +77,7 @@ def test_padded_keys_beside_strongly_negative_logits(dtype, tokens, level):
     inputs, grads = sample(CASE, (2, tokens, 1, 32), dtype)
     root = math.sqrt(-level / math.sqrt(32))
     inputs["qkv_bias"][:32], inputs["qkv_bias"][32:64] = root, -root
-    _, lse = OP(*raw(inputs))
+    _, lse, _ = OP(*raw(inputs))
     assert (lse < level / 2).all()
     compare(CASE, TRITON, (inputs, grads))
 
@@ -107,7 +107,7 @@ def test_a_mean_far_above_the_deviation():
 @few_and_many
 def test_lse_is_the_logarithm_of_the_sum(tokens):
     inputs, _ = sample(CASE, (2, tokens, 2, 32))
-    _, lse = OP(*raw(inputs))
+    _, lse, _ = OP(*raw(inputs))
     x, _, *norm, weight, bias = (
         v.double() if isinstance(v, torch.Tensor) else v for v in inputs.values()
     )
@@ -174,7 +174,12 @@ LSE, REST = torch.zeros(2, 2, 4), (1e-5, 0.0, None)
 )
 def test_the_raw_operator_checks_too(args, error, message):
     with pytest.raises(error, match=message):
-        OP(*args)
+        OP(*args, False)
+
+
+def test_nothing_is_kept():
+    with pytest.raises(ValueError, match="keep_qkv: expected False"):
+        OP(X, 2, *PARAMETERS, *REST, True)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_the_raw_operator_checks_too(args, error, message):
 )
 def test_the_raw_gradient_checks_too(grad, lse, error, message):
     with pytest.raises(error, match=message):
-        OP_BACKWARD(grad, X, lse, 2, *PARAMETERS, *REST)
+        OP_BACKWARD(grad, X, lse, None, 2, *PARAMETERS, *REST)
 
 
 def test_refusals_with_the_reason():

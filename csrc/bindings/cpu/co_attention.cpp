@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -90,13 +91,13 @@ class Call {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& local,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& local,
     const Tensor& global, int64_t num_heads, const Tensor& global_norm_weight,
     const Tensor& global_norm_bias, const Tensor& local_qkv_weight, const Tensor& local_qkv_bias,
     const Tensor& global_qkv_weight, const Tensor& global_qkv_bias, const Tensor& local_proj_weight,
     const Tensor& local_proj_bias, const Tensor& global_proj_weight, const Tensor& global_proj_bias,
     const OptionalTensor& local_scale, const OptionalTensor& local_shift, double eps,
-    double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed) {
+    double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed, bool keep_qkv) {
   const CoAttentionParameters parameters{global_norm_weight, global_norm_bias, local_qkv_weight,
       local_qkv_bias, global_qkv_weight, global_qkv_bias, local_proj_weight, local_proj_bias,
       global_proj_weight, global_proj_bias, local_scale, local_shift};
@@ -110,19 +111,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
   Tensor local_softmax = call.space.memory({shape.batch, shape.heads, shape.local_tokens, 2});
   Tensor global_softmax = call.space.memory({shape.batch, shape.heads, shape.global_tokens, 2});
   Tensor attended = call.space.memory({shape.batch, shape.global_tokens, shape.dim()});
+  Tensor local_qkv = call.space.memory({keep_qkv ? layout.kept_local : 0});
+  Tensor global_qkv = call.space.memory({keep_qkv ? layout.kept_global : 0});
   if (!call.is_empty()) {
     cpu::CoAttentionForward args{};
     call.describe(args);
     args.local_softmax = local_softmax.mutable_data_ptr();
     args.global_softmax = global_softmax.mutable_data_ptr();
     args.attended = attended.mutable_data_ptr();
+    if (keep_qkv) {
+      args.local_qkv = local_qkv.mutable_data_ptr();
+      args.global_qkv = global_qkv.mutable_data_ptr();
+    }
     args.local_out = local_out.mutable_data_ptr();
     args.global_out = global_out.mutable_data_ptr();
     const auto kernels = cpu::co_attention_forward(cpu::capability(), call.space.storage);
     call.run(kernels.pack, args, shape.heads + 1, layout.pack_products(shape));
     run_co_attention(call.space, kernels, args);
   }
-  return {local_out, global_out, local_softmax, global_softmax, attended};
+  return {local_out, global_out, local_softmax, global_softmax, attended, local_qkv, global_qkv};
 }
 
 namespace {
@@ -252,12 +259,15 @@ void gradients_of_weights(const Call& call, cpu::CoAttentionBackward& args,
   const int64_t Cl = shape.local_width, Cg = shape.global_width;
   const std::vector<cpu::TokenProduct> products = products_of(args, out);
   args.products = products.data();
-  int64_t tasks = 0, work = 0;
+  int64_t work = 0;
   for (const cpu::TokenProduct& product : products) {
-    tasks += product.tasks();
+    args.tasks += product.tasks();
     work += product.rows * product.columns * product.tokens;
   }
-  call.run(kernels.weights, args, tasks, work / tasks);
+  // About the golden section, which spreads any number of neighbours evenly.
+  args.task_step = args.tasks * 5 / 8 + 1;
+  while (std::gcd(args.task_step, args.tasks) > 1) ++args.task_step;
+  call.run(kernels.weights, args, args.tasks, work / args.tasks);
   // The key bias adds the same to all of a query's logits: no gradient, but NaN stays.
   for (int64_t i = 0; i < shape.dim(); ++i) out[at.local_qkv_bias + shape.dim() + i] *= Acc{0};
   const int64_t chunks = shape.batch * layout.chunks;
@@ -277,7 +287,8 @@ void gradients_of_weights(const Call& call, cpu::CoAttentionBackward& args,
 std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_local,
     const Tensor& grad_global, const Tensor& local, const Tensor& global,
     const Tensor& local_softmax, const Tensor& global_softmax, const Tensor& attended,
-    int64_t num_heads, const Tensor& global_norm_weight, const Tensor& global_norm_bias,
+    const OptionalTensor& local_qkv, const OptionalTensor& global_qkv, int64_t num_heads,
+    const Tensor& global_norm_weight, const Tensor& global_norm_bias,
     const Tensor& local_qkv_weight, const Tensor& local_qkv_bias, const Tensor& global_qkv_weight,
     const Tensor& global_qkv_bias, const Tensor& local_proj_weight, const Tensor& local_proj_bias,
     const Tensor& global_proj_weight, const Tensor& global_proj_bias,
@@ -298,7 +309,12 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   check_shape("local_softmax", local_softmax, {B, h, N, 2});
   check_shape("global_softmax", global_softmax, {B, h, M, 2});
   check_shape("attended", attended, {B, M, dim});
-  for (const Tensor* saved : {&local_softmax, &global_softmax, &attended}) {
+  check(local_qkv.has_value(), "local_qkv: expected what the forward kept, got none");
+  check(global_qkv.has_value(), "global_qkv: expected what the forward kept, got none");
+  check_shape("local_qkv", *local_qkv, {layout.kept_local});
+  check_shape("global_qkv", *global_qkv, {layout.kept_global});
+  for (const Tensor* saved :
+      {&local_softmax, &global_softmax, &attended, &*local_qkv, &*global_qkv}) {
     check(saved->scalar_type() == call.space.accumulator(), "saved: expected ",
         torch::headeronly::toString(call.space.accumulator()), ", got ",
         torch::headeronly::toString(saved->scalar_type()));
@@ -314,7 +330,8 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   }
 
   const Tensor held[] = {as_contiguous(grad_local), as_contiguous(grad_global),
-      as_contiguous(local_softmax), as_contiguous(global_softmax), as_contiguous(attended)};
+      as_contiguous(local_softmax), as_contiguous(global_softmax), as_contiguous(attended),
+      as_contiguous(*local_qkv), as_contiguous(*global_qkv)};
   cpu::CoAttentionBackward args{};
   call.describe(args);
   Workspace& space = call.space;
@@ -324,9 +341,10 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   args.local_softmax = const_cast<void*>(held[2].const_data_ptr());
   args.global_softmax = const_cast<void*>(held[3].const_data_ptr());
   args.attended = const_cast<void*>(held[4].const_data_ptr());
+  args.local_qkv = const_cast<void*>(held[5].const_data_ptr());
+  args.global_qkv = const_cast<void*>(held[6].const_data_ptr());
   args.y = space.held({B, M, layout.global});
   args.moments = space.held({B, M, 2});
-  args.global_qkv = space.held({B * M * 3 * dim + cpu::lanes});
   args.grad_attended = space.held({B * M * dim + cpu::lanes});
   args.attended_copy = space.held({B * M * dim + cpu::lanes});
   args.deltas = space.held({B, h, layout.rows});

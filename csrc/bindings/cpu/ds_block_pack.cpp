@@ -124,8 +124,8 @@ class Packing {
     args.qkv_bias = view(qkv_bias);
     args.packed = at(places_.attention);
     const auto kernels = cpu::global_attention_forward(cpu::capability(), space_.storage);
-    space_.run<cpu::AttentionProjection>(kernels.pack, args,
-        cpu::AttentionLayout(shape).scratch(shape), shape.heads + 1, 12 * shape.width());
+    space_.run(kernels.pack, args, cpu::AttentionLayout(shape).scratch(shape), shape.heads + 1,
+        12 * shape.width());
   }
 
   void co_attention() const {

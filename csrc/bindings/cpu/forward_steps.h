@@ -20,8 +20,7 @@ inline void run_attention(Workspace& space, const cpu::AttentionForwardKernels& 
   }
   args.qkv = space.held({all_heads, M, layout.head});
   args.keys = space.held({all_heads, d, layout.keys});
-  space.run<cpu::AttentionProjection>(kernels.project, args, size,
-      shape.batch * layout.token_blocks,
+  space.run(kernels.project, args, size, shape.batch * layout.token_blocks,
       shape.heads * projection * cpu::AttentionLayout::token_block);
   space.run(kernels.attend, args, size, all_heads * layout.query_blocks,
       2 * M * d * cpu::AttentionLayout::query_block);

@@ -30,17 +30,17 @@ class Call : public Workspace {
         eps_(eps),
         dropout_{dropout_p, seed_of(seed)} {}
 
-  void describe(cpu::AttentionProjection& args) {
+  void describe(cpu::AttentionCall& args) {
     args.shape = shape;
     args.x = x_.const_data_ptr();
     args.norm_weight = view_of("norm_weight", norm_weight_);
     args.norm_bias = view_of("norm_bias", norm_bias_);
     args.qkv_weight = view_of("qkv_weight", qkv_weight_);
-    args.qkv_bias = view_of("qkv_bias", qkv_bias_);
     args.eps = eps_;
     args.dropout = dropout_;
-    args.packed = held({layout.packed});
   }
+  cpu::Parameter qkv_bias() const { return view_of("qkv_bias", qkv_bias_); }
+  int64_t kept_size() const { return shape.batch * shape.heads * shape.tokens * layout.head; }
 
   // Products of a token's projection to one head.
   int64_t head_products() const { return 3 * shape.head_dim * shape.width(); }
@@ -51,33 +51,43 @@ class Call : public Workspace {
   cpu::AttentionDropout dropout_;
 };
 
+void check_kept(const char* name, const Tensor& kept, const Call& call) {
+  check(kept.scalar_type() == call.accumulator(), name, ": expected ",
+      torch::headeronly::toString(call.accumulator()), ", got ",
+      torch::headeronly::toString(kept.scalar_type()));
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
+std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
     const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
-    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed,
+    bool keep_qkv) {
   Call call(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
   const cpu::AttentionShape& shape = call.shape;
   const cpu::AttentionLayout& layout = call.layout;
   Tensor out = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
   Tensor lse = call.memory({shape.batch, num_heads, shape.tokens});
-  if (x.numel() == 0) return {out, lse};
+  Tensor qkv = call.memory({keep_qkv ? call.kept_size() : 0});
+  if (x.numel() == 0) return {out, lse, qkv};
 
   cpu::AttentionForward args{};
   call.describe(args);
+  args.qkv_bias = call.qkv_bias();
+  args.packed = call.held({layout.packed});
+  args.kept = keep_qkv ? qkv.mutable_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
   const auto kernels = cpu::global_attention_forward(cpu::capability(), call.storage);
-  call.run<cpu::AttentionProjection>(
-      kernels.pack, args, layout.scratch(shape), num_heads + 1, 4 * call.head_products());
+  call.run(kernels.pack, args, layout.scratch(shape), num_heads + 1, 4 * call.head_products());
   run_attention(call, kernels, args, layout);
-  return {out, lse};
+  return {out, lse, qkv};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad,
-    const Tensor& x, const Tensor& lse, int64_t num_heads, const Tensor& norm_weight,
-    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double eps,
-    double dropout_p, const OptionalTensor& seed) {
+    const Tensor& x, const Tensor& lse, const OptionalTensor& qkv, int64_t num_heads,
+    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
   Call call(x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
   const cpu::AttentionShape& shape = call.shape;
   const cpu::AttentionLayout& layout = call.layout;
@@ -88,9 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
       torch::headeronly::toString(x.scalar_type()), ", got ",
       torch::headeronly::toString(grad.scalar_type()));
   check_shape("lse", lse, {shape.batch, num_heads, M});
-  check(lse.scalar_type() == call.accumulator(), "lse: expected ",
-      torch::headeronly::toString(call.accumulator()), ", got ",
-      torch::headeronly::toString(lse.scalar_type()));
+  check_kept("lse", lse, call);
+  check(qkv.has_value(), "qkv: expected what the forward kept, got none");
+  check_shape("qkv", *qkv, {call.kept_size()});
+  check_kept("qkv", *qkv, call);
   Tensor grad_x = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
   Tensor grad_norm_weight = call.memory({C}), grad_norm_bias = call.memory({C});
   Tensor grad_qkv_weight = call.memory({3 * C, C}), grad_qkv_bias = call.memory({3 * C});
@@ -102,12 +113,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   }
 
   const Tensor grad_source = as_contiguous(grad), lse_source = as_contiguous(lse);
+  const Tensor qkv_source = as_contiguous(*qkv);
   const cpu::AttentionBackwardLayout cut(shape, layout);
   cpu::AttentionBackward args{};
   call.describe(args);
   args.cut = cut;
   args.grad = grad_source.const_data_ptr();
   args.lse = lse_source.const_data_ptr();
+  args.qkv = qkv_source.const_data_ptr();
+  args.packed = call.held({2 * layout.width});
   args.y = call.held({all_tokens, layout.width});
   args.moments = call.held({all_tokens, 2});
   args.packed_rows = call.held({3 * C, layout.width});
@@ -115,25 +129,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
   args.norm_partials = call.held({cut.token_blocks, 2, layout.width});
   if (cut.splits > 1) args.partials = call.held({all_heads, cut.splits, 2, M, d});
   if (!layout.is_few) {
-    args.qkv = call.held({all_heads, M, layout.head});
     args.keys = call.held({all_heads, d, layout.keys});
     args.values = call.held({all_heads, d, layout.keys});
   }
   args.grad_x = grad_x.mutable_data_ptr();
-  args.grad_qkv_weight = grad_qkv_weight.mutable_data_ptr();
-  args.grad_qkv_bias = grad_qkv_bias.mutable_data_ptr();
 
   const auto kernels = cpu::global_attention_backward(cpu::capability(), call.storage);
-  const int64_t size = cut.scratch(shape, layout), projection = call.head_products();
-  call.run<cpu::AttentionProjection>(kernels.pack, args, size, num_heads + 1, 4 * projection);
-  call.run(kernels.pack_rows, args, size, cut.panels, 12 * C * cut.panel);
-  const int64_t per_token = layout.is_few ? 16 * C : num_heads * projection;
-  call.run<cpu::AttentionProjection>(kernels.project, args, size, shape.batch * layout.token_blocks,
-      per_token * cpu::AttentionLayout::token_block);
-  call.run(kernels.heads, args, size, all_heads * cut.splits,
-      M * ((layout.is_few ? projection : 0) + 5 * M * d) / cut.splits);
+  const int64_t size = cut.scratch(shape, layout);
+  call.run(kernels.pack, args, size, cut.panels + 1, 12 * C * cut.panel);
+  call.run(kernels.normalise, args, size, shape.batch * layout.token_blocks,
+      16 * C * cpu::AttentionLayout::token_block);
+  call.run(kernels.heads, args, size, all_heads * cut.splits, 5 * M * M * d / cut.splits);
   call.run(kernels.tokens, args, size, cut.token_blocks, cut.token_block * 3 * C * C);
-  call.run(kernels.weights, args, size, cut.weight_blocks, cut.weight_block * C * all_tokens);
+  const cpu::TokenProduct weights{.left = args.grad_qkv,
+      .right = args.y,
+      .out = grad_qkv_weight.mutable_data_ptr(),
+      .sums = grad_qkv_bias.mutable_data_ptr(),
+      .weights = nullptr,
+      .tokens = all_tokens,
+      .rows = 3 * C,
+      .columns = C,
+      .left_stride = 3 * C,
+      .right_stride = layout.width,
+      .out_stride = C};
+  call.run(kernels.weights, weights, cpu::TokenProduct::scratch(C), weights.tasks(),
+      cpu::TokenProduct::row_block * C * all_tokens);
   with_accumulator(call.storage, [&](auto value) {
     using Acc = decltype(value);
     const auto* norm = static_cast<const Acc*>(args.norm_partials);

@@ -78,18 +78,19 @@ void sum_over_tokens(const cuda::TokenProduct& p, const Tensor& local) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& local,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& local,
     const Tensor& global, int64_t num_heads, const Tensor& global_norm_weight,
     const Tensor& global_norm_bias, const Tensor& local_qkv_weight, const Tensor& local_qkv_bias,
     const Tensor& global_qkv_weight, const Tensor& global_qkv_bias, const Tensor& local_proj_weight,
     const Tensor& local_proj_bias, const Tensor& global_proj_weight, const Tensor& global_proj_bias,
     const OptionalTensor& local_scale, const OptionalTensor& local_shift, double eps,
-    double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed) {
+    double dropout_p, const OptionalTensor& seed, std::optional<bool> absorbed, bool keep_qkv) {
   const CoAttentionParameters parameters{global_norm_weight, global_norm_bias, local_qkv_weight,
       local_qkv_bias, global_qkv_weight, global_qkv_bias, local_proj_weight, local_proj_bias,
       global_proj_weight, global_proj_bias, local_scale, local_shift};
   const auto shape = check_co_attention<cuda::CoAttentionShape>(
       local, global, num_heads, parameters, dropout_p, seed);
+  check(!keep_qkv, "keep_qkv: expected false on a GPU, whose backward projects again");
   const cuda::Storage storage = storage_of(local);
   const int64_t batch = shape.batch;
   const Launch on(local);
@@ -103,7 +104,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
   Tensor local_softmax = of_floats({batch, num_heads, shape.local_tokens, 2});
   Tensor global_softmax = of_floats({batch, num_heads, shape.global_tokens, 2});
   Tensor attended = of_floats({batch, shape.global_tokens, shape.width});
-  if (batch == 0) return {out_local, out_global, local_softmax, global_softmax, attended};
+  // Nothing is kept; results must not share memory, so each is its own.
+  Tensor local_qkv = of_floats({0}), global_qkv = of_floats({0});
+  if (batch == 0) {
+    return {out_local, out_global, local_softmax, global_softmax, attended, local_qkv, global_qkv};
+  }
 
   const Inputs inputs(local, global, parameters, eps, dropout_p, seed);
   cuda::CoAttentionForward args{shape, inputs.view(), out_local.mutable_data_ptr(),
@@ -114,12 +119,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> co_attention(const Tensor& lo
   const Tensor workspace = empty_beside(local, {bytes}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   cuda::co_attention_forward(args, storage, launch, on.stream());
-  return {out_local, out_global, local_softmax, global_softmax, attended};
+  return {out_local, out_global, local_softmax, global_softmax, attended, local_qkv, global_qkv};
 }
 
 std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_local,
     const Tensor& grad_global, const Tensor& local, const Tensor& global,
     const Tensor& local_softmax, const Tensor& global_softmax, const Tensor& attended,
+    const OptionalTensor& /* local_qkv */, const OptionalTensor& /* global_qkv */,
     int64_t num_heads, const Tensor& global_norm_weight, const Tensor& global_norm_bias,
     const Tensor& local_qkv_weight, const Tensor& local_qkv_bias, const Tensor& global_qkv_weight,
     const Tensor& global_qkv_bias, const Tensor& local_proj_weight, const Tensor& local_proj_bias,

@@ -44,17 +44,20 @@ class Inputs {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
+std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
     const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
-    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed,
+    bool keep_qkv) {
   const auto shape = check_attention<cuda::AttentionShape>(
       x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed);
   const cuda::Storage storage = storage_of(x);
   const int64_t batch = shape.batch, tokens = shape.tokens, width = shape.width;
+  check(!keep_qkv, "keep_qkv: expected false on a GPU, whose backward projects again");
   const Launch on(x);
   Tensor out = empty_beside(x, {batch, tokens, width}, x.scalar_type());
   Tensor lse = empty_beside(x, {batch, num_heads, tokens}, ScalarType::Float);
-  if (batch * tokens == 0) return {out, lse};
+  Tensor kept = empty_beside(x, {0}, ScalarType::Float);
+  if (batch * tokens == 0) return {out, lse, kept};
 
   const Inputs inputs(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, dropout_p, seed);
   cuda::AttentionForward args{
@@ -66,13 +69,13 @@ std::tuple<Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
     args.qkv = qkv->mutable_data_ptr();
   }
   cuda::attention_forward(args, storage, launch, on.stream());
-  return {out, lse};
+  return {out, lse, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad,
-    const Tensor& x, const Tensor& lse, int64_t num_heads, const Tensor& norm_weight,
-    const Tensor& norm_bias, const Tensor& qkv_weight, const Tensor& qkv_bias, double eps,
-    double dropout_p, const OptionalTensor& seed) {
+    const Tensor& x, const Tensor& lse, const OptionalTensor& /* qkv */, int64_t num_heads,
+    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
+    const Tensor& qkv_bias, double eps, double dropout_p, const OptionalTensor& seed) {
   const auto shape = check_attention<cuda::AttentionShape>(
       x, num_heads, norm_weight, norm_bias, qkv_weight, qkv_bias, dropout_p, seed);
   const cuda::Storage storage = storage_of(x);
