@@ -19,6 +19,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(suite, "DETECTION_BUDGET", 0.0)
     monkeypatch.setattr(roofs, "BUDGET", 0.0)
     monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(roofs, "YARDSTICK_ROUNDS", 1)
     monkeypatch.setattr(models, "BUDGET", {"inference": 0.0, "training": 0.0})
     monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
 

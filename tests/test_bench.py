@@ -182,7 +182,7 @@ def test_report_survives_json():
 
 @pytest.mark.parametrize("text", ['{"schema": "other", "version": 1}', '{"version": 99}', "[]"])
 def test_foreign_report_is_refused(text):
-    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1 or 2"):
+    with pytest.raises(ValueError, match="report: expected dsnet-bench version 1, 2 or 3"):
         report.Report.from_json(text)
 
 

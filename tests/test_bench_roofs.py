@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from dsnet.bench import roofs, table
+from dsnet.bench import roofs, session, table
 from dsnet.bench.report import Report, Result, Roof, Row
+from dsnet.bench.suite import Task
 from dsnet.bench.timing import Timing
 
 
@@ -100,8 +101,39 @@ def test_report_with_roofs_survives_json():
     assert Report.from_json(whole.to_json()) == whole
 
 
-def test_first_version_has_no_roofs():
+def test_first_versions_have_no_roofs_and_no_yardstick():
     whole = dataclasses.replace(report(row()), roofs=())
-    text = whole.to_json().replace('"version": 2', '"version": 1').replace(' "roofs": [],\n', "")
+    text = whole.to_json().replace('"version": 3', '"version": 1')
+    text = text.replace(' "roofs": [],\n', "").replace(' "yardstick": [],\n', "")
     assert '"roofs"' not in text
+    assert '"yardstick"' not in text
     assert Report.from_json(text) == whole
+
+
+def test_spreads_hold_the_drift_of_the_machine():
+    whole = dataclasses.replace(report(row()), yardstick=(0.9, 1.0, 1.1))
+    assert whole.drift == pytest.approx(0.1)
+    assert Report.from_json(whole.to_json()) == whole
+    # Quartiles of 9 and 11 about 10 are another tenth.
+    assert f"{10e3:.0f} ±20%" in table.render(whole)
+    assert table.facts(whole)[-1].startswith("drift: ±10%")
+    assert f"{10e3:.0f} ±10%" in table.render(report(row()))
+
+
+def test_yardstick_is_timed_before_every_row_and_behind_the_last(monkeypatch, quick):
+    seconds = iter((1.0, 2.0, 4.0))
+    monkeypatch.setattr(session, "yardstick", lambda: lambda: next(seconds))
+    found = session.take("command", [Task("first", row), Task("second", row)])
+    assert found.yardstick == (1.0, 2.0, 4.0)
+    assert len(found.rows) == 2
+
+
+def test_yardstick_times_a_product():
+    assert 0 < roofs.yardstick()() < 60
+
+
+def test_ratio_has_its_interval():
+    ours = Result("auto", "ours", 1.0, (1.0, 1.0), error=0.5, ratio=2.0, ratio_interval=(1.9, 2.1))
+    assert " 2.00× ±5%" in table.render(report(row(results=(ours,))))
+    unknown = dataclasses.replace(ours, ratio_interval=None)
+    assert " ~2.00× " in table.render(report(row(results=(unknown,))))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "dsnet-bench"
-VERSION = 2
-READABLE = (1, 2)
-"""Versions; the first has no roofs, and rows without image, threads and series."""
+VERSION = 3
+READABLE = (1, 2, 3)
+"""Versions; the first has no roofs, and rows without image, threads and series, the first two have
+no yardstick."""
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -152,7 +154,16 @@ class Roof:
 
 @dataclass(frozen=True)
 class Report:
-    """A run of ``dsnet bench``, or of ``python -m benchmarks``."""
+    """A run of ``dsnet bench``, or of ``python -m benchmarks``.
+
+    Args:
+        machine, versions, commit, date, command: see :func:`environment`.
+        seconds: that the run took.
+        rows: what was measured, in order.
+        roofs: what the machine reaches.
+        yardstick: seconds of one and the same work before every row and behind the last; empty
+            where it was not timed.
+    """
 
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -162,8 +173,16 @@ class Report:
     seconds: float
     rows: tuple[Row, ...]
     roofs: tuple[Roof, ...] = ()
+    yardstick: tuple[float, ...] = ()
     schema: str = SCHEMA
     version: int = VERSION
+
+    @property
+    def drift(self) -> float:
+        """Half the range of the yardstick over its median: how much the machine itself varied."""
+        if not self.yardstick:
+            return 0.0
+        return (max(self.yardstick) - min(self.yardstick)) / 2 / statistics.median(self.yardstick)
 
     def roof(self, name: str, dtype: str | None = None) -> Roof | None:
         """The roof of that name, and of that dtype if one is given."""
@@ -185,11 +204,14 @@ class Report:
         fields = json.loads(text)
         found = (fields.get("schema"), fields.get("version")) if isinstance(fields, dict) else None
         if found not in [(SCHEMA, version) for version in READABLE]:
-            versions = " or ".join(map(str, READABLE))
+            *earlier, last = map(str, READABLE)
+            versions = f"{', '.join(earlier)} or {last}"
             raise ValueError(f"report: expected {SCHEMA} version {versions}, got {found}")
         rows = tuple(row_of(row) for row in fields.pop("rows"))
         roofs = tuple(Roof(**_tuples(roof)) for roof in fields.pop("roofs", ()))
-        return cls(**fields | {"version": VERSION}, rows=rows, roofs=roofs)
+        yardstick = tuple(fields.pop("yardstick", ()))
+        fields["version"] = VERSION
+        return cls(**fields, rows=rows, roofs=roofs, yardstick=yardstick)
 
 
 def row_of(fields: Mapping[str, Any]) -> Row:

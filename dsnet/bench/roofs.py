@@ -26,6 +26,9 @@ MATRIX = 1024
 BUDGET = 1.0
 """Seconds of timing for all roofs together."""
 
+YARDSTICK_ROUNDS = 5
+"""Few enough to be no time beside a row, enough that one hiccup does not count."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -65,6 +68,19 @@ def measure_roofs(
         Roof(name, _short(dtype), work[name], timing.median, timing.quartiles)
         for (name, dtype), timing in timings.items()
     )
+
+
+def yardstick() -> Callable[[], float]:
+    """Times a product of float32 matrices, the same in each call: the median of a few."""
+    call = product(MATRIX, torch.float32)
+    call()
+
+    def seconds() -> float:
+        with torch.inference_mode():
+            timings = measure({PRODUCT: call}, budget=0, rounds=(YARDSTICK_ROUNDS,) * 2)
+        return timings[PRODUCT].median
+
+    return seconds
 
 
 def _short(dtype: torch.dtype) -> str:

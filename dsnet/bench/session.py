@@ -3,14 +3,14 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from . import report
 from .peers import versions
 from .report import Report, Row
-from .roofs import measure_roofs
+from .roofs import measure_roofs, yardstick
 from .suite import Task
 from .table import render
 
@@ -37,8 +37,12 @@ def take(
         environment = report.environment(command)
         environment["versions"] |= versions(list(baselines))
         roofs = measure_roofs(dtypes)
-        rows = tuple(_run(tasks))
-    return Report(**environment, seconds=time.monotonic() - start, rows=rows, roofs=roofs)
+        machine = yardstick()
+        varied = []
+        rows = tuple(_run(tasks, before=lambda: varied.append(machine())))
+        varied.append(machine())
+    seconds = time.monotonic() - start
+    return Report(**environment, seconds=seconds, rows=rows, roofs=roofs, yardstick=tuple(varied))
 
 
 def deliver(result: Report, path: str | None) -> int:
@@ -64,10 +68,11 @@ def check_target(path: str | None) -> None:
         report.check_writable(path)
 
 
-def _run(tasks: Sequence[Task]) -> Iterator[Row]:
+def _run(tasks: Sequence[Task], before: Callable[[], None]) -> Iterator[Row]:
     try:
         for index, task in enumerate(tasks):
             progress(f"[{index + 1}/{len(tasks)}] {task.title}")
+            before()
             yield task.run()
     finally:
         progress("")

@@ -17,17 +17,21 @@ BASELINES = {
 SHORT = {"reference": "ref", "forward": "fwd", "forward+backward": "fwd+bwd"}
 
 LEGEND = (
-    "ms: median ± half the interquartile range. *: best of the baselines shown. vs best: its time",
-    "over ours; ~: no difference at 95 % confidence. GB/s by formula; of copy: its share of what",
-    "a copy reaches, timed too (a cache serves small ones). check: error over what is allowed.",
+    "ms: median ± half the interquartile range and the run's drift. *: best of baselines shown.",
+    "vs best: its time over ours, ± half the 95 % confidence interval; ~: no difference. GB/s by",
+)
+
+COPY_LEGEND = (
+    *LEGEND,
+    "formula; of copy: its share of what a copy reaches, timed too (a cache serves small ones).",
+    "check: error over what is allowed.",
 )
 
 ROOF_LEGEND = (
-    *LEGEND[:1],
-    "over ours; ~: no difference at 95 % confidence. GB/s by formula. of roof: the least time over",
-    "ours: that of the bytes at a copy's rate (m; a cache serves small ones) or that of the FLOPs",
-    "at a matrix product's (a; the equations' FLOPs, of which ours saves some), the longer one.",
-    "check: error over what is allowed.",
+    *LEGEND,
+    "formula. of roof: the least time over ours: that of the bytes at a copy's rate (m; a cache",
+    "serves small ones) or that of the FLOPs at a matrix product's (a; the equations' FLOPs, of",
+    "which ours saves some), the longer one. check: error over what is allowed.",
 )
 
 MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
@@ -58,12 +62,12 @@ def uses(rows: Sequence[Row]) -> list[str]:
 
 def cells(rows: Sequence[Row], report: Report) -> list[list[str]]:
     """A table, its heading first, of :func:`grouped` rows."""
-    return _op_table(rows, report) if rows[0].kind == "op" else _model_table(rows)
+    return _op_table(rows, report) if rows[0].kind == "op" else _model_table(rows, report.drift)
 
 
 def legend(report: Report) -> list[str]:
     """What the columns mean."""
-    lines = list(ROOF_LEGEND if report.roofs else LEGEND)
+    lines = list(ROOF_LEGEND if report.roofs else COPY_LEGEND)
     if any(map(_has_memory, report.rows)):
         lines.append(MEMORY_LEGEND)
     return lines
@@ -82,9 +86,10 @@ def heading(report: Report) -> Iterable[str]:
 
 
 def facts(report: Report) -> list[str]:
-    """The heading, and the roofs where there are any."""
+    """The heading, the roofs and the drift where there are any."""
     roofs = [f"roofs: {', '.join(map(_roof, report.roofs))}"] if report.roofs else []
-    return [*heading(report), *roofs]
+    drift = f"drift: ±{report.drift:.0%}, of a matrix product before every row"
+    return [*heading(report), *roofs, *([drift] if report.yardstick else [])]
 
 
 def _roof(roof: Roof) -> str:
@@ -114,7 +119,7 @@ def _op_table(rows: Sequence[Row], report: Report) -> list[list[str]]:
             rate = "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}"
             rates = [rate, _of_roof(row, result, report)]
             peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
-            times = _times(row, names, result)
+            times = _times(row, names, result, report.drift)
             table.append([*lead, *times, *peaks, *rates, _check(result)])
     return table
 
@@ -130,7 +135,7 @@ def _of_roof(row: Row, result: Result, report: Report) -> str:
     return "-" if least is None else f"{least.seconds / result.median:.0%} {least.by[0]}"
 
 
-def _model_table(rows: Sequence[Row]) -> list[list[str]]:
+def _model_table(rows: Sequence[Row], drift: float) -> list[list[str]]:
     names = _baselines(rows)
     head = ["work", "images", *(BASELINES[name] for name in names)]
     memory = any(map(_has_memory, rows))
@@ -142,16 +147,16 @@ def _model_table(rows: Sequence[Row]) -> list[list[str]]:
         for result in row.ours():
             rate = "-" if result.problem else f"{row.shape[0] / result.median:.1f}"
             peaks = [_megabytes(each) for each in (row.result(row.best), result) if memory]
-            times = _times(row, names, result)
+            times = _times(row, names, result, drift)
             shape = f"{_shape(row)}{threads}"
             table.append([work, shape, *times, *peaks, rate, _check(result)])
     return table
 
 
-def _times(row: Row, names: Sequence[str], ours: Result) -> list[str]:
+def _times(row: Row, names: Sequence[str], ours: Result, drift: float) -> list[str]:
     """Baselines, ours, its backend, the ratio."""
-    baselines = [time_of(row.result(name), row.best == name) for name in names]
-    return [*baselines, time_of(ours), _backend(ours), _ratio(ours)]
+    baselines = [time_of(row.result(name), row.best == name, drift) for name in names]
+    return [*baselines, time_of(ours, drift=drift), _backend(ours), _ratio(ours)]
 
 
 def _baselines(rows: Sequence[Row]) -> list[str]:
@@ -162,14 +167,14 @@ def _shape(row: Row) -> str:
     return "×".join(str(length) for length in row.shape)
 
 
-def time_of(result: Result | None, best: bool = False) -> str:
-    """Milliseconds and their spread, a star behind that of the best baseline."""
+def time_of(result: Result | None, best: bool = False, drift: float = 0.0) -> str:
+    """Milliseconds and their spread with the drift, a star behind that of the best baseline."""
     if result is None:
         return "-"
     if result.median is None:
         return "failed"
     first, third = result.quartiles
-    spread = (third - first) / 2 / result.median
+    spread = (third - first) / 2 / result.median + drift
     return f"{digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
 
 
@@ -199,8 +204,11 @@ def _backend(result: Result) -> str:
 def _ratio(result: Result) -> str:
     if result.ratio is None:
         return "-"
-    low, high = result.ratio_interval or (0.0, float("inf"))
-    return f"{'~' if low <= 1 <= high else ''}{result.ratio:.2f}×"
+    if result.ratio_interval is None:
+        return f"~{result.ratio:.2f}×"
+    low, high = result.ratio_interval
+    half = (high - low) / 2 / result.ratio
+    return f"{'~' if low <= 1 <= high else ''}{result.ratio:.2f}× ±{half:.0%}"
 
 
 def _check(result: Result) -> str:
