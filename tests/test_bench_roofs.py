@@ -111,8 +111,11 @@ def test_first_versions_have_no_roofs_and_no_yardstick():
 
 
 def test_spreads_hold_the_drift_of_the_machine():
-    whole = dataclasses.replace(report(row()), yardstick=(0.9, 1.0, 1.1))
+    # Of eleven numbers the second and the last but one are the deciles.
+    evenly = (0.4, *(0.9 + i / 40 for i in range(9)), 3.0)
+    whole = dataclasses.replace(report(row()), yardstick=evenly)
     assert whole.drift == pytest.approx(0.1)
+    assert dataclasses.replace(whole, yardstick=evenly[:1]).drift == 0
     assert Report.from_json(whole.to_json()) == whole
     # Quartiles of 9 and 11 about 10 are another tenth.
     assert f"{10e3:.0f} ±20%" in table.render(whole)

@@ -39,6 +39,35 @@ on_the_fastest = on_variants(CASE.name, lambda variant: variant in FASTEST.value
 in_both_forms = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
 
 
+# What a forward keeps
+
+
+@on_variants(CASE.name, lambda variant: variant.backend == "cpu")
+@in_both_forms
+def test_keeping_the_projections_changes_nothing_and_the_backward_needs_them(variant, absorbed):
+    inputs, grads = sample(CASE, (2, 5, 7, 19, 2, 8, 12, 20))
+    local, global_, *others = inputs.values()
+    local, grad_local = (each.flatten(2).mT for each in (local, grads[0]))
+    options = (1e-5, 0.0, None, absorbed)
+    operator = torch.ops.dsnet_kernels.co_attention
+    backward = torch.ops.dsnet_kernels.co_attention_backward
+    with variant.active():
+        *plain, no_local, no_global = operator(local, global_, *others, *options, False)
+        *same, local_qkv, global_qkv = operator(local, global_, *others, *options, True)
+        assert no_local.numel() == no_global.numel() == 0
+        assert (local_qkv.numel() == 0) == absorbed
+        for a, b in zip(plain, same, strict=True):
+            assert torch.equal(a, b)
+        for kept, reason in (
+            ((None, global_qkv), "local_qkv: expected what the forward kept, got none"),
+            ((local_qkv, None), "global_qkv: expected what the forward kept, got none"),
+            ((global_qkv, global_qkv), "local_qkv: expected shape"),
+            ((local_qkv, global_qkv[1:]), "global_qkv: expected shape"),
+        ):
+            with pytest.raises(RuntimeError, match=reason):
+                backward(grad_local, grads[1], local, global_, *plain[2:], *kept, *others, *options)
+
+
 # Padded keys
 
 SMALL_PAIRS = [(9, 1), (1, 9), (63, 50), (49, 65)]

@@ -19,6 +19,7 @@ TOKENS = (9, 49, 50, 63, 64, 65)
 
 on_every_variant = on_variants("global_attention")
 on_every_kernel = on_variants("global_attention", lambda variant: variant.is_kernel)
+on_the_cpu = on_variants("global_attention", lambda variant: variant.backend == "cpu")
 
 
 def with_logits_around(inputs, logit):
@@ -47,6 +48,29 @@ def test_keys_that_pad_a_tile_never_win(variant, logit):
             inputs["x"], grads = followed_by_nan(inputs["x"]), [followed_by_nan(grads[0])]
             samples.append((inputs, grads))
         compare(case, variant, *samples)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("tokens", [49, 130])
+def test_keeping_the_projections_changes_nothing_and_the_backward_needs_them(variant, tokens):
+    inputs, (grad,) = sample(CASE, (2, tokens, 2, 24))
+    x, heads, *parameters = inputs.values()
+    options = (1e-5, 0.0, None)
+    operator = torch.ops.dsnet_kernels.global_attention
+    backward = torch.ops.dsnet_kernels.global_attention_backward
+    with variant.active():
+        out, lse, nothing = operator(x, heads, *parameters, *options, False)
+        again, same, qkv = operator(x, heads, *parameters, *options, True)
+        assert nothing.numel() == 0
+        assert torch.equal(out, again)
+        assert torch.equal(lse, same)
+        for kept, reason in (
+            (None, "qkv: expected what the forward kept, got none"),
+            (qkv[:-1], "qkv: expected shape"),
+            (qkv.double(), "qkv: expected"),
+        ):
+            with pytest.raises(RuntimeError, match=reason):
+                backward(grad, x, lse, kept, heads, *parameters, *options)
 
 
 @on_every_variant

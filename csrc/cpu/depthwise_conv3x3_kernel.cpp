@@ -195,7 +195,10 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
     const Place place(task, shape, tasks);
     const Acc* coefficients = static_cast<const Acc*>(args.coefficients) +
                               coefficient_offset(place.channel_begin, coefficient_rows);
-    alignas(64) Acc all_sums[DepthwiseTasks::channels_per_block * gradient_rows] = {};
+    // Those of wide rows begin anew with every few: a sum in float stays short.
+    constexpr int64_t sums_size = DepthwiseTasks::channels_per_block * gradient_rows;
+    constexpr int64_t wide = 64;
+    alignas(64) Acc all_sums[sums_size] = {}, totals[sums_size] = {};
     for_each_rows<backward_rows>(place, place.row_begin, [&](auto row_count, int64_t row) {
       constexpr int R = decltype(row_count)::value;
       const int64_t out_stride = shape.width * C;
@@ -251,13 +254,20 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
           add(11, sum_shift);
         });
       });
+      for (int64_t i = 0; shape.width > wide && i < sums_size; ++i) {
+        totals[i] += all_sums[i];
+        all_sums[i] = 0;
+      }
     });
 
     Acc* out =
         static_cast<Acc*>(args.partials) + place.slot * gradient_rows * C + place.channel_begin;
     for (int64_t c = 0; c < place.channel_end - place.channel_begin; ++c) {
-      const Acc* sums = all_sums + coefficient_offset(c, gradient_rows);
-      for (int k = 0; k < gradient_rows; ++k) out[k * C + c] = sums[k * coefficient_lanes];
+      const int64_t first = coefficient_offset(c, gradient_rows);
+      for (int k = 0; k < gradient_rows; ++k) {
+        const int64_t i = first + k * coefficient_lanes;
+        out[k * C + c] = totals[i] + all_sums[i];
+      }
     }
   }
 }

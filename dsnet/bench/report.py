@@ -179,10 +179,11 @@ class Report:
 
     @property
     def drift(self) -> float:
-        """Half the range of the yardstick over its median: how much the machine itself varied."""
-        if not self.yardstick:
+        """Half of what lies between the yardstick's first and last decile, over its median."""
+        if len(self.yardstick) < 2:
             return 0.0
-        return (max(self.yardstick) - min(self.yardstick)) / 2 / statistics.median(self.yardstick)
+        deciles = statistics.quantiles(self.yardstick, n=10, method="inclusive")
+        return (deciles[-1] - deciles[0]) / 2 / statistics.median(self.yardstick)
 
     def roof(self, name: str, dtype: str | None = None) -> Roof | None:
         """The roof of that name, and of that dtype if one is given."""
