@@ -46,3 +46,9 @@ def test_results_are_channels_last(variant):
         got = run(CASE, variant, inputs, grads)
     for name in ("out0", "grad x"):
         assert got[name].is_contiguous(memory_format=torch.channels_last)
+
+
+@on_variants(CASE.name, lambda variant: variant.backend == "cpu")
+def test_sums_over_the_wide_rows_of_a_large_image(variant):
+    """Gradients of parameters are sums over all pixels; in float they have to be of short ones."""
+    compare(CASE, variant, *(sample(CASE, (1, 16, 200, 333), seed=seed) for seed in range(2)))

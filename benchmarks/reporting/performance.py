@@ -99,14 +99,18 @@ def work(sources: Sources) -> str:
 
 
 def fusion(sources: Sources) -> str:
-    """Times faster than the best baseline: an operation per line, the stages beside each other."""
+    """Times faster than the best baseline: an operation per line, the stages beside each other.
+
+    Behind each what it would be on the roof.
+    """
     rows = _op_rows(sources.results.rows, composed=True)
     stages = sorted({row.stage for row in rows})
     cells = [["operation", "pass", *(f"stage {stage}" for stage in stages)]]
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
         operation, _, direction = _name(row)
-        lines.setdefault((operation, direction), {})[row.stage] = _ratio(best_of_ours(row))
+        text = f"{_ratio(best_of_ours(row))}{_on_the_roof(row, sources.results)}"
+        lines.setdefault((operation, direction), {})[row.stage] = text
     for key, ratios in lines.items():
         cells.append([*key, *(ratios.get(stage, "–") for stage in stages)])
     return _text([*table(cells), *_figure(sources, "results", "speedup")])
@@ -246,6 +250,14 @@ def _ratio(result: Result | None) -> str:
         return "–"
     low, high = result.ratio_interval or (0.0, float("inf"))
     return f"{'~' if low <= 1 <= high else ''}{result.ratio:.2f}×"
+
+
+def _on_the_roof(row: Row, report: Report) -> str:
+    """The best baseline's time over the row's least time."""
+    least = bound(row, report)
+    if least is None or row.best is None:
+        return ""
+    return f" of {row.result(row.best).median / least.seconds:.2f}×"
 
 
 def _ms(seconds: float) -> str:
