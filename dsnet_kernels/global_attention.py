@@ -249,6 +249,5 @@ def global_attention(
         return operator(x, num_heads, *parameters, eps, dropout_p, seed, False)[0]
     x, *parameters = checks.distinct(x, *parameters)
     keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(x)
-    return _GlobalAttention.apply(x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv, name)[
-        0
-    ]
+    arguments = (x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv, name)
+    return _GlobalAttention.apply(*arguments)[0]

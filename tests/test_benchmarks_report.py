@@ -135,6 +135,12 @@ def test_committed_tables_are_those_of_their_record(path):
         assert (records.FOLDER / name).read_bytes() == content, name
 
 
+@pytest.mark.parametrize("path", records.paths(), ids=lambda path: path.stem)
+def test_every_row_of_a_committed_record_has_passed_its_check(path):
+    failed = [(row.subject, row.work, row.shape) for row in records.load(path).rows if row.failed()]
+    assert failed == []
+
+
 def test_committed_pictures_are_those_of_their_records():
     expected = {
         f"{path.stem}_{picture.name}.svg": files.digest(path)

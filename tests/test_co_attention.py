@@ -63,6 +63,7 @@ def test_keeping_the_projections_changes_nothing_and_the_backward_needs_them(var
             ((local_qkv, None), "global_qkv: expected what the forward kept, got none"),
             ((global_qkv, global_qkv), "local_qkv: expected shape"),
             ((local_qkv, global_qkv[1:]), "global_qkv: expected shape"),
+            ((local_qkv, global_qkv.double()), "global_qkv: expected Float, got Double"),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 backward(grad_local, grads[1], local, global_, *plain[2:], *kept, *others, *options)

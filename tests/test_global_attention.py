@@ -67,7 +67,7 @@ def test_keeping_the_projections_changes_nothing_and_the_backward_needs_them(var
         for kept, reason in (
             (None, "qkv: expected what the forward kept, got none"),
             (qkv[:-1], "qkv: expected shape"),
-            (qkv.double(), "qkv: expected"),
+            (qkv.double(), "qkv: expected Float, got Double"),
         ):
             with pytest.raises(RuntimeError, match=reason):
                 backward(grad, x, lse, kept, heads, *parameters, *options)

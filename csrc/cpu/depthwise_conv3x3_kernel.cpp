@@ -195,7 +195,7 @@ void backward(const DepthwiseBackward& args, int64_t begin, int64_t end) {
     const Place place(task, shape, tasks);
     const Acc* coefficients = static_cast<const Acc*>(args.coefficients) +
                               coefficient_offset(place.channel_begin, coefficient_rows);
-    // Those of wide rows begin anew with every few: a sum in float stays short.
+    // Sums over wide rows go to the totals after every few rows: a sum in float stays short.
     constexpr int64_t sums_size = DepthwiseTasks::channels_per_block * gradient_rows;
     constexpr int64_t wide = 64;
     alignas(64) Acc all_sums[sums_size] = {}, totals[sums_size] = {};

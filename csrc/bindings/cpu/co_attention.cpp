@@ -313,12 +313,11 @@ std::tuple<Tensor, Tensor, Tensor> co_attention_backward(const Tensor& grad_loca
   check(global_qkv.has_value(), "global_qkv: expected what the forward kept, got none");
   check_shape("local_qkv", *local_qkv, {layout.kept_local});
   check_shape("global_qkv", *global_qkv, {layout.kept_global});
-  for (const Tensor* saved :
-      {&local_softmax, &global_softmax, &attended, &*local_qkv, &*global_qkv}) {
-    check(saved->scalar_type() == call.space.accumulator(), "saved: expected ",
-        torch::headeronly::toString(call.space.accumulator()), ", got ",
-        torch::headeronly::toString(saved->scalar_type()));
-  }
+  call.space.check_accumulators("local_softmax", local_softmax);
+  call.space.check_accumulators("global_softmax", global_softmax);
+  call.space.check_accumulators("attended", attended);
+  call.space.check_accumulators("local_qkv", *local_qkv);
+  call.space.check_accumulators("global_qkv", *global_qkv);
   const auto like = [](const Tensor& x) {
     return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
   };

@@ -51,12 +51,6 @@ class Call : public Workspace {
   cpu::AttentionDropout dropout_;
 };
 
-void check_kept(const char* name, const Tensor& kept, const Call& call) {
-  check(kept.scalar_type() == call.accumulator(), name, ": expected ",
-      torch::headeronly::toString(call.accumulator()), ", got ",
-      torch::headeronly::toString(kept.scalar_type()));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, int64_t num_heads,
@@ -98,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_backward(con
       torch::headeronly::toString(x.scalar_type()), ", got ",
       torch::headeronly::toString(grad.scalar_type()));
   check_shape("lse", lse, {shape.batch, num_heads, M});
-  check_kept("lse", lse, call);
+  call.check_accumulators("lse", lse);
   check(qkv.has_value(), "qkv: expected what the forward kept, got none");
   check_shape("qkv", *qkv, {call.kept_size()});
-  check_kept("qkv", *qkv, call);
+  call.check_accumulators("qkv", *qkv);
   Tensor grad_x = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
   Tensor grad_norm_weight = call.memory({C}), grad_norm_bias = call.memory({C});
   Tensor grad_qkv_weight = call.memory({3 * C, C}), grad_qkv_bias = call.memory({3 * C});

@@ -41,6 +41,13 @@ class Workspace {
     return storage == cpu::Storage::float64 ? ScalarType::Double : ScalarType::Float;
   }
 
+  // What a forward has saved for its backward.
+  void check_accumulators(const char* name, const Tensor& saved) const {
+    check(saved.scalar_type() == accumulator(), name, ": expected ",
+        torch::headeronly::toString(accumulator()), ", got ",
+        torch::headeronly::toString(saved.scalar_type()));
+  }
+
   int64_t item() const { return storage == cpu::Storage::float64 ? 8 : 4; }
 
   // Accumulators of the caller or, with `held`, of this call.
