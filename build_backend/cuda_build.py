@@ -17,7 +17,7 @@ FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES}")
 HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 BINDINGS = ("-std=c++20", "-O3", *HIDDEN, "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000")
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow")
-LONGEST = ("co_attention", "global_attention_backward", "co_attention_backward_keys")
+LONGEST = ("co_attention", "co_attention_backward_keys", "pointwise_mlp_backward_fused")
 """Units to start first."""
 
 # torch's CUDA library is linked to; a CPU torch to build against does not have it.

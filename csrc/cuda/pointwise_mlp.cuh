@@ -245,4 +245,12 @@ DSNET_MLP_AFFINE(extern, float);
 DSNET_MLP_AFFINE(extern, __nv_bfloat16);
 DSNET_MLP_AFFINE(extern, __half);
 
+// Compiled by pointwise_mlp_fused.cu.
+#define DSNET_MLP_FUSED(declared, T)                                                             \
+  declared template void launch_fused<T, 64>(const MlpForward&, const MlpLaunch&, cudaStream_t); \
+  declared template void launch_fused<T, 128>(const MlpForward&, const MlpLaunch&, cudaStream_t)
+
+DSNET_MLP_FUSED(extern, __nv_bfloat16);
+DSNET_MLP_FUSED(extern, __half);
+
 }  // namespace dsnet::cuda

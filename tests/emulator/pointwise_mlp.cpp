@@ -2,6 +2,7 @@
 #include "cuda/pointwise_mlp.cu"
 #include "cuda/pointwise_mlp_backward.cu"
 #include "cuda/pointwise_mlp_backward_fused.cu"
+#include "cuda/pointwise_mlp_fused.cu"
 #include "cuda/sum_slots.cu"
 
 #include "arguments.h"
