@@ -244,10 +244,10 @@ def global_attention(
     if chosen == "reference":
         return reference(x, num_heads, *parameters, eps=eps, dropout_p=dropout_p, seed=seed)
     name = TRITON if chosen == "triton" else NATIVE
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(x, num_heads, *parameters, eps, dropout_p, seed, False)[0]
     x, *parameters = checks.distinct(x, *parameters)
-    keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(x)
+    keep_qkv = name == NATIVE and keeps_qkv(x)
     arguments = (x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv, name)
     return _GlobalAttention.apply(*arguments)[0]

@@ -222,7 +222,7 @@ def pointwise_mlp(
         return reference(x, *parameters, scale=scale, shift=shift, branch_scale=branch_scale)
     name = TRITON if chosen == "triton" else NATIVE
     operands = (x, *parameters, scale, shift, branch_scale)
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         return getattr(torch.ops.dsnet_kernels, name)(*operands, False)[0]
-    keep_hidden = torch.is_grad_enabled() and keeps_hidden(x)
+    keep_hidden = keeps_hidden(x)
     return _PointwiseMlp.apply(*checks.distinct(*operands), keep_hidden, name)[0]

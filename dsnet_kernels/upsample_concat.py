@@ -188,7 +188,7 @@ def upsample_concat(
     if chosen == "reference":
         return reference(local, global_, weight, bias, residual, branch_scale=branch_scale)
     name = TRITON if chosen == "triton" else NATIVE
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(local, global_, weight, bias, residual, branch_scale)
     operands = checks.distinct(local, global_, weight, bias, residual, branch_scale)
