@@ -11,7 +11,7 @@ import torch
 
 import dsnet_kernels
 from dsnet_kernels import native, triton
-from dsnet_kernels.backends import OPERATIONS
+from dsnet_kernels.backends import BACKENDS, OPERATIONS
 from dsnet_kernels.checks import FLOATING
 
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +99,8 @@ def variants(operation: str) -> list[Variant]:
 
     Under ``TRITON_INTERPRET=1`` that is Triton's alone; the others need no second run.
     """
-    present = dsnet_kernels.available_backends(operation)
+    known = OPERATIONS[operation]
+    present = [name for name in BACKENDS if known.presence(name) is None]
     if triton.INTERPRETED:
         found = [Variant(operation, "triton", stand_in="interpreted")]
         return found if "triton" in present else []
