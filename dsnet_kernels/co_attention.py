@@ -87,6 +87,10 @@ def _sdpa_loses(local: Tensor, global_: Tensor, **_) -> str | None:
     return None
 
 
+def _gpu_loses(local: Tensor, global_: Tensor, **_) -> str | None:
+    return native.tf32_loss(local, "matmul")
+
+
 OPERATION = register(
     Operation(
         "co_attention",
@@ -103,7 +107,12 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
-        loses={"cpu": _cpu_loses, "sdpa": _sdpa_loses},
+        loses={
+            "cpu": _cpu_loses,
+            "triton": _gpu_loses,
+            "cuda": _gpu_loses,
+            "sdpa": _sdpa_loses,
+        },
     )
 )
 

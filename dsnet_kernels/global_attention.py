@@ -42,6 +42,10 @@ def _sdpa_can_run(x: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     return None
 
 
+def _gpu_loses(x: Tensor, **_) -> str | None:
+    return native.tf32_loss(x, "matmul")
+
+
 OPERATION = register(
     Operation(
         "global_attention",
@@ -58,6 +62,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
+        loses={"triton": _gpu_loses, "cuda": _gpu_loses},
     )
 )
 

@@ -196,6 +196,31 @@ def _is_ptx_for(architecture: str, capability: tuple[int, int]) -> bool:
     return kind != "real" and not suffix and (int(major), int(minor)) <= capability
 
 
+@constant_when_traced
+def tf32_allowed(product: str) -> bool:
+    """Whether torch forms float32 products of a kind on a GPU from TF32.
+
+    Args:
+        product: ``"conv"`` for convolutions, or ``"matmul"``.
+    """
+    if torch.version.hip is not None:
+        return False
+    if product == "conv" and torch.backends.cudnn.enabled:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    # The older flags raise where they and these were both set.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tf32_loss(x: Tensor, product: str) -> str | None:
+    """Why the reference is to run ``x`` on a GPU: it may take TF32, our kernels do not; or None."""
+    if x.dtype != torch.float32 or x.device.type != "cuda" or not tf32_allowed(product):
+        return None
+    return (
+        "torch's flags allow TF32 in the reference's products, the kernel's are in full float32"
+        " (predicted to be slower, not measured)"
+    )
+
+
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,5 +1,6 @@
 """What an operation can be run on here: backends, instruction sets, and stand-ins for a GPU."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,3 +153,6 @@ class OnDevice:
 
     def get_device(self) -> int:
         return 0
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
