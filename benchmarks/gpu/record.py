@@ -11,7 +11,7 @@ from typing import Any
 from .phases import ROOT, Phase
 
 SCHEMA = "dsnet-gpu"
-VERSION = 1
+VERSION = 2
 
 NATIVE_SOURCES = ("csrc/cuda", "dsnet_kernels/triton")
 

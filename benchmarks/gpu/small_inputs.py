@@ -77,9 +77,7 @@ def operation(
     return _backward(function(**leaves, **arguments), list(leaves.values()))
 
 
-def attention(
-    backend: str, shape: Sequence[float], dtype: torch.dtype, device: str
-) -> Values:
+def attention(backend: str, shape: Sequence[float], dtype: torch.dtype, device: str) -> Values:
     batch, tokens, heads, head_dim, dropout_p = shape
     width, generator = heads * head_dim, torch.Generator().manual_seed(0)
     sizes = ((batch, tokens, width), (width,), (width,), (3 * width, width), (3 * width,))
@@ -125,7 +123,9 @@ def run(backend: str, device: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small_inputs")
     parser.add_argument("device", choices=list(BACKENDS))
-    parser.add_argument("backend", choices=sorted({b for names in BACKENDS.values() for b in names}))
+    parser.add_argument(
+        "backend", choices=sorted({b for names in BACKENDS.values() for b in names})
+    )
     args = parser.parse_args()
     count = run(args.backend, args.device)
     print(f"{count} calls forward and backward of {args.backend} on {args.device}")
