@@ -4,7 +4,7 @@ import torch
 
 from dsnet.bench.roofs import copy, product
 
-from .clock import timer
+from .clock import device_of
 from .program import Context
 
 COPY_BYTES = 2 << 30
@@ -20,7 +20,7 @@ def run(context: Context) -> None:
         "copy": copy(copy_bytes, torch.bfloat16, context.device),
         "matrix": product(size, torch.bfloat16, context.device),
     }
-    timings = timer(context.device)(calls, budget=BUDGET)
+    timings = device_of(context).timer(calls, budget=BUDGET)
     copied, multiplied = timings["copy"], timings["matrix"]
     context.results = {
         "copy_bytes_per_second": 2 * copy_bytes / copied.median,

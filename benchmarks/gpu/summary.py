@@ -106,7 +106,7 @@ def _model_table(models: dict[str, Any], dry_run: bool) -> list[list[str]]:
     for row in map(row_of, models["rows"]):
         for result in row.results:
             hidden = dry_run or not result.median
-            launches = models["launches"][row.work].get(result.name)
+            launches = result.launches
             table.append(
                 [
                     row.work,
