@@ -74,12 +74,12 @@ class Run:
     def phase(self, name: str, limit: float) -> None:
         """Runs the phase within its limit and the budget left, and adds it to the record."""
         short = shortened(limit, self._left())
+        print(f"{name}: at most {short or 0:g} s", flush=True)
         if short is None:
             self._add(
                 Phase(name, "not started", 0.0, limit, f"{name}.log", f"{self.budget:g} s are over")
             )
             return
-        print(f"{name}: at most {short:g} s", flush=True)
         found = run_phase(
             name,
             self.out,

@@ -17,7 +17,7 @@ from .program import Context, MissingError
 COMMAND = [sys.executable, "setup.py", "build_ext", "--inplace"]
 
 SETTINGS = {"DSNET_NATIVE": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
-# The second step requires the toolkit. Its architectures are those of the GPUs that nvidia-smi lists.
+# The second step requires the toolkit, and compiles for the GPUs that nvidia-smi lists.
 STEPS = {"cpu": {"DSNET_CUDA": "0"}, "cuda": {"DSNET_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}}
 
 PROGRAMS = ("cmake", "ninja")

@@ -43,7 +43,7 @@ POLL = 0.5
 """Seconds between two looks at the results of a running phase."""
 
 SHORTEST = 5.0
-"""Seconds below which a phase is not started."""
+"""Seconds: with less left of its limit a phase is not started."""
 
 Command = Callable[[str, Path, bool, float], list[str]]
 """(phase, result file, dry run, limit) → what to execute."""
@@ -123,8 +123,8 @@ def shortened(limit: float, left: float) -> float | None:
 
     The time that it takes to end a phase belongs to the budget.
     """
-    limit = round(min(limit, left - GRACE), 1)
-    return limit if limit >= SHORTEST else None
+    short = round(min(limit, left - GRACE), 1)
+    return short if short >= min(limit, SHORTEST) else None
 
 
 def _wait(

@@ -91,7 +91,7 @@ def _models(results: Results) -> Iterator[str]:
 
 def _time(result: Result, row: Row) -> str:
     text = time_of(result, row.best == result.name)
-    return text if result.median is None else f"{text} ms".replace("*", "").strip()
+    return text if result.median is None else f"{text.rstrip(' *')} ms"
 
 
 def _check(result: Result) -> str:
