@@ -17,8 +17,8 @@ from .program import Context, MissingError
 COMMAND = [sys.executable, "setup.py", "build_ext", "--inplace"]
 
 SETTINGS = {"DSNET_NATIVE": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
-# The second step requires the toolkit, and compiles for the GPUs that nvidia-smi lists.
-STEPS = {"cpu": {"DSNET_CUDA": "0"}, "cuda": {"DSNET_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}}
+# The second step requires the toolkit, and compiles for the visible GPUs.
+STEPS = {"cpu": {"DSNET_CUDA": "0"}, "cuda": {"DSNET_CUDA": "1"}}
 
 PROGRAMS = ("cmake", "ninja")
 """Requirements that may also be programs on PATH, outside Python."""
@@ -32,7 +32,7 @@ def run(context: Context) -> str | None:
         raise MissingError(f"the build needs {', '.join(missing)}")
     failed = []
     for name, chosen in STEPS.items():
-        settings = SETTINGS | chosen
+        settings = SETTINGS | chosen | (_architectures(context) if name == "cuda" else {})
         print(shlex.join([*(f"{k}={v}" for k, v in settings.items()), *COMMAND]), flush=True)
         if context.dry_run:
             continue
@@ -56,6 +56,15 @@ def run(context: Context) -> str | None:
         return None
     reasons = [f"{name}: {why}" for name, why in facts["libraries"].items() if why is not None]
     return "; ".join(failed + reasons) or None
+
+
+def _architectures(context: Context) -> dict[str, str]:
+    """For the GPUs that nvidia-smi lists; without that program for the one that torch sees."""
+    if context.dry_run or shutil.which("nvidia-smi"):
+        return {"TORCH_CUDA_ARCH_LIST": ""}
+    code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    return {"TORCH_CUDA_ARCH_LIST": done.stdout.strip()}
 
 
 def lacking() -> list[str]:

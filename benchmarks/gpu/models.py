@@ -15,9 +15,9 @@ from . import rows
 from .counts import Count
 from .devices import device_of
 from .program import Context
+from .tables import MODEL
 from .warm_up import fill_cache, variants
 
-MODEL = "dsnet_tiny"
 SIZE = (224, 224)
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 

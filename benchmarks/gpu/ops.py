@@ -21,9 +21,9 @@ from .counts import Count
 from .devices import CALLS, device_of, many_calls
 from .program import Context
 from .roofs import measured
+from .tables import MODEL
 from .warm_up import fill_cache, variants
 
-MODEL = "dsnet_tiny"
 SIZE, LARGE = (224, 224), (800, 1333)
 BACKENDS = ("cuda", "triton")
 BASELINES = ("eager_channels_last", NATIVE, SDPA)

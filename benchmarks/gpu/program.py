@@ -10,13 +10,18 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .counts import Count, problems, tabled
 from .phases import LIMITS
 from .record import write_atomically
+
+MEASURING = ("roofs", "models", "ops")
+"""Phases whose results are shown as tables."""
 
 
 class MissingError(Exception):
@@ -25,12 +30,22 @@ class MissingError(Exception):
 
 @dataclass
 class Context:
-    """The arguments of a phase, and the place of its results."""
+    """The arguments of a phase, and the place of its results.
+
+    Args:
+        result: a JSON file; tables in Markdown lie beside it.
+        dry_run: nothing needs a GPU.
+        limit: seconds that the phase has.
+        results: its figures so far.
+        render: makes tables of them.
+        start: of the phase, by :func:`time.monotonic`.
+    """
 
     result: Path
     dry_run: bool
     limit: float = float("inf")
     results: dict[str, Any] = field(default_factory=dict)
+    render: Callable[[dict[str, Any]], str] | None = None
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -54,6 +69,8 @@ class Context:
         """Saves the results so far; a reader finds the old file or the new one, both whole."""
         text = json.dumps({"results": self.results, **verdict}, indent=1, allow_nan=False)
         write_atomically(self.result, text + "\n")
+        if self.render is not None:
+            write_atomically(self.result.with_suffix(".md"), self.render(self.results))
 
 
 def main() -> int:
@@ -66,6 +83,10 @@ def main() -> int:
     context = Context(args.result, args.dry_run, args.limit)
     try:
         module = importlib.import_module(f"benchmarks.gpu.{args.phase}")
+        if args.phase in MEASURING:
+            from .tables import render
+
+            context.render = partial(render, args.phase, dry_run=args.dry_run)
         problem = module.run(context)
         status, detail = ("passed", None) if problem is None else ("failed", problem)
     except MissingError as error:

@@ -1,7 +1,9 @@
 """Rows of a phase: run in order while there is time, and written as they come."""
 
 import dataclasses
+import gc
 import time
+import traceback
 from collections.abc import Sequence
 
 from dsnet.bench.suite import Task
@@ -27,7 +29,16 @@ def take(context: Context, tasks: Sequence[Task]) -> str | None:
             context.write()
             break
         start = time.monotonic()
-        row = task.run(until=time.perf_counter() + left)
+        try:
+            row = task.run(until=time.perf_counter() + left)
+        except Exception as error:
+            # The other rows are measured all the same.
+            traceback.print_exc()
+            failures.append(f"{task.title}: {type(error).__name__}: {error}".split("\n")[0])
+            continue
+        finally:
+            # Graphs and their memory pools may be part of cycles.
+            gc.collect()
         context.results["rows"].append(dataclasses.asdict(row))
         context.write()
         seconds = time.monotonic() - start

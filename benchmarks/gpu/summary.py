@@ -18,7 +18,7 @@ def render(record: Record, tables: Mapping[str, str] | None = None) -> str:
         from .tables import render as tables_of
 
         tables = {
-            phase.name: tables_of(phase.name, phase.results, record.dry_run)
+            phase.name: tables_of(phase.name, phase.results, dry_run=record.dry_run)
             for phase in record.phases
         }
     lines = [*_heading(record), "", *table(_phases(record.phases))]

@@ -3,16 +3,21 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dsnet.bench.cases import stages
 from dsnet.bench.report import Report, Result, Roof, Row, row_of
 from dsnet.bench.table import BASELINES, cells, digits, legend, remarks, time_of, uses
 from dsnet.bench.table import _ratio as ratio_of
 
 from ..reporting.markdown import table
+from .exponentials import EXPONENTIALS, needed
+
+MODEL = "dsnet_tiny"
+"""The network whose stages and steps are measured."""
 
 Results = Mapping[str, Any]
 
 
-def render(phase: str, results: Results, dry_run: bool = False) -> str:
+def render(phase: str, results: Results, *, dry_run: bool = False) -> str:
     """Markdown of a phase that measures; empty for the others."""
     make: dict[str, Callable[[Results], Iterator[str]]] = {
         "roofs": _roofs,
@@ -59,10 +64,25 @@ def _ops(results: Results) -> Iterator[str]:
         yield from (f"`{use}`" for use in uses(group))
         yield ""
         yield from table(cells(group, report))
+        yield from _exponentials(group, report)
         yield from _notes(group)
     if rows:
         yield from ("", *legend(report))
     yield from _missing(results)
+
+
+def _exponentials(rows: Sequence[Row], report: Report) -> Iterator[str]:
+    """The time of a forward's exponentials alone, at the rate that this run measured."""
+    roof = report.roof(EXPONENTIALS)
+    for row in rows if roof is not None else ():
+        stage = stages(MODEL, row.shape[0], row.image)[row.stage - 1]
+        count = needed(row.subject, stage)
+        if count and row.work.startswith("forward"):
+            yield ""
+            yield (
+                f"- stage {row.stage}, {row.shape[0]} images: the exponentials alone take"
+                f" {digits(count / roof.rate * 1e6)} µs"
+            )
 
 
 def _models(results: Results) -> Iterator[str]:

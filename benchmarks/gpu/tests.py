@@ -1,5 +1,6 @@
 """The tests that need a GPU: a smoke subset first, then the others."""
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -83,27 +84,28 @@ def _pytest(arguments: list[str], limit: float) -> int | None:
     """Exit status; None where it was interrupted after ``limit`` seconds."""
     command = [sys.executable, "-m", "pytest", *arguments, *OPTIONS]
     print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT)
+    # A group of its own: xdist waits for its workers, so that all are interrupted, and then killed.
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(max(0.0, limit))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        _finish(process)
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING)
         return None
     except KeyboardInterrupt:
-        # The signal went to the whole group, pytest included.
-        _finish(process)
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING)
         raise
     finally:
-        process.kill()
-
-
-def _finish(process: subprocess.Popen) -> None:
-    try:
-        process.wait(ENDING)
-    except subprocess.TimeoutExpired:
-        process.kill()
+        _signal(process, signal.SIGKILL)
         process.wait()
+
+
+def _signal(process: subprocess.Popen, sign: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
 
 
 def _collect(context: Context) -> str | None:
