@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dsnet_kernels
 from dsnet.bench.cases import CASES, Case, Stage, stages
+from dsnet_kernels.backends import OPERATIONS
 
 SIZE = (64, 96)
 BATCH = 2
@@ -47,7 +48,7 @@ def calls(backend: str, device: str) -> Iterator[tuple[str, Call]]:
     first, _, third, _ = stages("dsnet_tiny", BATCH, SIZE)
     odd = dataclasses.replace(first, channels=34, local_channels=17, grid=(5, 9))
     single = [case for case in CASES if len(case.operations) == 1]
-    for case in (case for case in single if backend in case.available_backends()):
+    for case in (case for case in single if _has(case.operation, backend)):
         # The second use of an operation differs in its arguments alone.
         another = any(other.operation == case.operation for other in single[: single.index(case)])
         places = [(first, BF16)] if another else [(first, BF16), (third, BF16)]
@@ -59,12 +60,17 @@ def calls(backend: str, device: str) -> Iterator[tuple[str, Call]]:
         for options in OPTIONS.get(case.operation, ()):
             title = f"{case.operation} {options}"
             yield title, partial(operation, case, first, BF16, options, backend, device)
-    if backend in dsnet_kernels.available_backends("global_attention"):
+    if _has("global_attention", backend):
         for shape in ATTENTION if compiles else ATTENTION + MORE_ATTENTION:
             title = f"global_attention {shape}"
             yield title, partial(attention, backend, shape, BF16, device)
-    if backend == "cuda" and backend in dsnet_kernels.available_backends("pointwise_mlp"):
+    if backend == "cuda" and _has("pointwise_mlp", backend):
         yield f"pointwise_mlp {LARGE_MLP}", partial(mlp, backend, LARGE_MLP, BF16, device)
+
+
+def _has(operation: str, backend: str) -> bool:
+    """Whether there is such a backend. One that cannot be used here raises when it is called."""
+    return backend == "reference" or backend in OPERATIONS[operation].present
 
 
 def operation(
