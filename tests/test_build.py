@@ -56,6 +56,7 @@ def fake_nvcc(path: Path, known=(75, 80, 86, 90, 100, 120), version="13.0.88") -
         path,
         "case $1 in\n"
         f"--version) echo 'Cuda compilation tools, release 13.0, V{version}' ;;\n"
+        "--dryrun) echo '#$ INCLUDES=\"-I/cuda/include\"  ' ;;\n"
         f"--list-gpu-arch) for name in {listed}; do echo $name; done ;;\n"
         '*) echo "$0: error: cannot compile" >&2; exit 1 ;;\nesac\n',
     )
@@ -115,6 +116,14 @@ def test_an_nvcc_that_knows_no_architecture_is_an_error(cuda_toolkit, tmp_path):
     fake_nvcc(tmp_path / "nvcc", known=(50, 75))
     with pytest.raises(cuda_toolkit.ToolkitError, match="knows no architecture up to 80, 90"):
         cuda_toolkit.find_toolkit()
+
+
+def test_headers_of_cuda_are_where_nvcc_has_them(cuda_toolkit, tmp_path):
+    nvcc = fake_nvcc(tmp_path / "nvcc")
+    assert cuda_toolkit.include_folder(nvcc) == Path("/cuda/include")
+    program(tmp_path / "nvcc", "nothing")
+    with pytest.raises(cuda_toolkit.ToolkitError, match="--dryrun: expected INCLUDES, got"):
+        cuda_toolkit.include_folder(nvcc)
 
 
 def test_an_nvcc_that_does_not_run_is_an_error(cuda_toolkit, tmp_path):
