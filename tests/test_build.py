@@ -1,6 +1,7 @@
 """What the build decides, and what it leaves behind for ``info``."""
 
 import importlib
+import json
 import os
 import runpy
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import setuptools
 import torch
 
-from dsnet_kernels import native
+from dsnet_kernels import information, native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -191,6 +192,33 @@ def test_no_cuda_part_is_no_failure_unless_it_is_required(setup_module, tmp_path
         assert record["cuda_failure"] is None
     with pytest.raises(SystemExit, match=r"DSNET_CUDA=1: expected nvcc in .* found none"):
         build_cuda(command, "1", tmp_path)
+
+
+def test_an_install_says_in_its_last_lines_what_failed(setup_module, monkeypatch, tmp_path, capfd):
+    _, command = setup_module
+    fake_nvcc(tmp_path / "nvcc")
+    command.build_lib, command.inplace = str(tmp_path / "lib"), False
+    package = tmp_path / "lib/dsnet_kernels"
+    package.mkdir(parents=True)
+    install = f'echo \'{{"CPU": "generic"}}\' >{package}/build.json'
+    script(tmp_path / "cmake", f"case $1 in --install) {install} ;; esac\n")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    command.build_extension(setuptools.Extension("dsnet_kernels._C", sources=[]))
+    record = json.loads((package / "build.json").read_text())
+    failure = record["cuda_failure"]
+    assert failure.endswith("error: cannot compile")
+    assert record["CPU"] == "generic"
+    assert record["CUDA"] == f"not built: {failure}"
+    assert "commit" in record
+    last = capfd.readouterr().out.splitlines()[-3:]
+    assert last == [
+        "dsnet-kernels: the CUDA kernels are missing, everything else works:",
+        f"  {failure}",
+        "  DSNET_CUDA=1 makes this an error.",
+    ]
+    monkeypatch.setattr(native, "_FOLDER", package)
+    facts = information.info()
+    assert f"not built: {failure}" in information.render(facts)
 
 
 def test_cores_are_counted_where_affinity_does_not_exist(setup_module, monkeypatch):
