@@ -2,7 +2,8 @@
 """Compiles every binding against the headers of each release of torch that is supported.
 
 The headers come from the releases' wheels for macOS: they are the same on every platform, and
-these wheels are a tenth of those for Linux. No GPU and no CUDA toolkit is needed.
+these wheels are a tenth of those for Linux. No GPU is needed, and a CUDA toolkit by those bindings
+alone that include its headers.
 """
 
 import itertools
@@ -17,9 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_backend"))
 from cuda_build import BINDINGS, SOURCES, WARNINGS  # noqa: E402
+from cuda_toolkit import find_nvcc, include_folder  # noqa: E402
 
 RELEASES = ("torch==2.10.*", "torch==2.11.*", "torch==2.12.*", "torch==2.13.*", "torch")
 PLATFORMS = [f"macosx_{version}_0_arm64" for version in range(11, 16)]
+
+CUDA: list[str] = []
 
 
 def headers(release: str, folder: Path) -> Path:
@@ -39,7 +43,7 @@ def headers(release: str, folder: Path) -> Path:
 
 def check(include: Path, binding: Path) -> str:
     """The compiler's complaints."""
-    flags = [*BINDINGS, *WARNINGS, "-Werror", f"-I{SOURCES}", "-isystem", str(include)]
+    flags = [*BINDINGS, *WARNINGS, "-Werror", f"-I{SOURCES}", "-isystem", str(include), *CUDA]
     command = [os.environ.get("CXX", "g++"), "-fsyntax-only", *flags, str(binding)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.stdout if done.returncode else ""
@@ -47,6 +51,12 @@ def check(include: Path, binding: Path) -> str:
 
 def main() -> int:
     bindings = sorted((SOURCES / "bindings").glob("*/*.cpp"))
+    nvcc = find_nvcc()
+    if nvcc is None:
+        bindings = [path for path in bindings if "<cuda_" not in path.read_text("utf-8")]
+        print("no nvcc: without the bindings that include headers of CUDA")
+    else:
+        CUDA.extend(["-isystem", str(include_folder(nvcc))])
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         folders = [Path(scratch, str(i)) for i in range(len(RELEASES))]
         includes = list(pool.map(headers, RELEASES, folders))

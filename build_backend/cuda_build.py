@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cuda_toolkit import Toolkit, ToolkitError
+from cuda_toolkit import Toolkit, ToolkitError, include_folder
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{SOURCES}")
@@ -66,7 +66,8 @@ def build(toolkit: Toolkit, host: Host, folder: Path, jobs: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     units = [_kernels(path, toolkit, host, folder) for path in kernel_units()]
     bindings = sorted((SOURCES / "bindings" / "cuda").glob("*.cpp"))
-    units += [_binding(path, toolkit, host, folder) for path in bindings]
+    cuda_include = include_folder(toolkit.nvcc)
+    units += [_binding(path, cuda_include, host, folder) for path in bindings]
     in_parallel(lambda unit: _compile(unit), units, jobs)
     stand_in = folder / "stand_in" / "libtorch_cuda.so"
     stand_in.parent.mkdir(exist_ok=True)
@@ -93,11 +94,11 @@ def _kernels(path: Path, toolkit: Toolkit, host: Host, folder: Path) -> Unit:
     return Unit(title, (*command, "-c", str(path), "-o", str(output)), output)
 
 
-def _binding(path: Path, toolkit: Toolkit, host: Host, folder: Path) -> Unit:
+def _binding(path: Path, cuda_include: Path, host: Host, folder: Path) -> Unit:
     output = folder / f"bindings_{path.stem}.o"
     warnings = [*WARNINGS, *(["-Werror"] if host.warnings_are_errors else [])]
     command = [host.compiler, *BINDINGS, *warnings, f"-I{SOURCES}", *dependencies(output)]
-    command += ["-isystem", str(host.torch / "include")]
+    command += ["-isystem", str(host.torch / "include"), "-isystem", str(cuda_include)]
     title = f"bindings of {path.stem}"
     return Unit(title, (*command, "-c", str(path), "-o", str(output)), output)
 

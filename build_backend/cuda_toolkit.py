@@ -96,20 +96,35 @@ def find_toolkit() -> Toolkit | None:
     return Toolkit(nvcc, version, kept)
 
 
+def include_folder(nvcc: Path) -> Path:
+    """Where the headers of the CUDA runtime are.
+
+    Raises:
+        ToolkitError: if nvcc does not say.
+    """
+    text = _output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull)
+    match = re.search(r'INCLUDES="-I([^"]+)"', text)
+    if match is None:
+        raise ToolkitError(f"{nvcc} --dryrun: expected INCLUDES, got {text!r}")
+    return Path(match[1])
+
+
 def _known(nvcc: Path) -> set[int]:
     """The architectures that this nvcc compiles for."""
     listed = re.findall(r"^compute_(\d+)$", _output(nvcc, "--list-gpu-arch"), re.MULTILINE)
     return {int(number) for number in listed}
 
 
-def _output(nvcc: Path, option: str) -> str:
+def _output(nvcc: Path, *options: str) -> str:
     try:
-        done = subprocess.run([nvcc, option], capture_output=True, text=True)
+        done = subprocess.run(
+            [nvcc, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     except OSError as error:
-        raise ToolkitError(f"{nvcc} {option}: {error}") from None
+        raise ToolkitError(f"{nvcc} {options[0]}: {error}") from None
     if done.returncode:
-        text = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
-        raise ToolkitError(f"{nvcc} {option}: {text.splitlines()[-1]}")
+        text = done.stdout.strip() or f"exit status {done.returncode}"
+        raise ToolkitError(f"{nvcc} {options[0]}: {text.splitlines()[-1]}")
     return done.stdout
 
 

@@ -1,6 +1,7 @@
 """What the build decides, and what it leaves behind for ``info``."""
 
 import importlib
+import json
 import os
 import runpy
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import setuptools
 import torch
 
-from dsnet_kernels import native
+from dsnet_kernels import information, native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,7 @@ def fake_nvcc(path: Path, known=(75, 80, 86, 90, 100, 120), version="13.0.88") -
         path,
         "case $1 in\n"
         f"--version) echo 'Cuda compilation tools, release 13.0, V{version}' ;;\n"
+        "--dryrun) echo '#$ INCLUDES=\"-I/cuda/include\"  ' ;;\n"
         f"--list-gpu-arch) for name in {listed}; do echo $name; done ;;\n"
         '*) echo "$0: error: cannot compile" >&2; exit 1 ;;\nesac\n',
     )
@@ -115,6 +117,14 @@ def test_an_nvcc_that_knows_no_architecture_is_an_error(cuda_toolkit, tmp_path):
     fake_nvcc(tmp_path / "nvcc", known=(50, 75))
     with pytest.raises(cuda_toolkit.ToolkitError, match="knows no architecture up to 80, 90"):
         cuda_toolkit.find_toolkit()
+
+
+def test_headers_of_cuda_are_where_nvcc_has_them(cuda_toolkit, tmp_path):
+    nvcc = fake_nvcc(tmp_path / "nvcc")
+    assert cuda_toolkit.include_folder(nvcc) == Path("/cuda/include")
+    program(tmp_path / "nvcc", "nothing")
+    with pytest.raises(cuda_toolkit.ToolkitError, match="--dryrun: expected INCLUDES, got"):
+        cuda_toolkit.include_folder(nvcc)
 
 
 def test_an_nvcc_that_does_not_run_is_an_error(cuda_toolkit, tmp_path):
@@ -182,6 +192,33 @@ def test_no_cuda_part_is_no_failure_unless_it_is_required(setup_module, tmp_path
         assert record["cuda_failure"] is None
     with pytest.raises(SystemExit, match=r"DSNET_CUDA=1: expected nvcc in .* found none"):
         build_cuda(command, "1", tmp_path)
+
+
+def test_an_install_says_in_its_last_lines_what_failed(setup_module, monkeypatch, tmp_path, capfd):
+    _, command = setup_module
+    fake_nvcc(tmp_path / "nvcc")
+    command.build_lib, command.inplace = str(tmp_path / "lib"), False
+    package = tmp_path / "lib/dsnet_kernels"
+    package.mkdir(parents=True)
+    install = f'echo \'{{"CPU": "generic"}}\' >{package}/build.json'
+    script(tmp_path / "cmake", f"case $1 in --install) {install} ;; esac\n")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    command.build_extension(setuptools.Extension("dsnet_kernels._C", sources=[]))
+    record = json.loads((package / "build.json").read_text())
+    failure = record["cuda_failure"]
+    assert failure.endswith("error: cannot compile")
+    assert record["CPU"] == "generic"
+    assert record["CUDA"] == f"not built: {failure}"
+    assert "commit" in record
+    last = capfd.readouterr().out.splitlines()[-3:]
+    assert last == [
+        "dsnet-kernels: the CUDA kernels are missing, everything else works:",
+        f"  {failure}",
+        "  DSNET_CUDA=1 makes this an error.",
+    ]
+    monkeypatch.setattr(native, "_FOLDER", package)
+    facts = information.info()
+    assert f"not built: {failure}" in information.render(facts)
 
 
 def test_cores_are_counted_where_affinity_does_not_exist(setup_module, monkeypatch):
