@@ -34,6 +34,10 @@ REPORTS = {
     "mask_without_the_caller": "shuffle: mask 0xffff lacks the calling lane",
     "source_outside_the_mask": "shuffle_xor: reads lane .* not in the mask",
     "mismatched_shuffles": "mismatched warp primitives: shuffle_(down|xor)",
+    "product_in_two_branches": (
+        r"mismatched warp primitives: mma\S+ of line \d+ .* waits at mma\S+ of line \d+"
+    ),
+    "rows_in_the_same_banks": "bank conflict: ldmatrix reads the rows of matrix 0 in 8 passes",
 }
 
 

@@ -22,8 +22,8 @@ HUGE = 2.0**17
 class Poison:
     """``change`` makes a parameter huge, and inputs that cancel it.
 
-    ``shape`` leaves tiles unfilled and ``option`` goes to ``make`` too. The parameters of ``single``
-    stay in float32 beside activations of 16 bits.
+    ``shape`` leaves tiles unfilled, and ``option`` goes to ``make`` too. The parameters of
+    ``single`` stay in float32 beside activations of 16 bits.
     """
 
     change: Callable[[Inputs], Inputs]

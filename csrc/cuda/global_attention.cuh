@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(128, forward_attention_blocks<head_tile>)
   const T* q = static_cast<const T*>(args.qkv) + place.image * tokens * 3 * channels +
                int64_t{place.head} * head_dim;
   T* shared = dynamic_shared<T>();
-  copy_rows<T, head_tile>(shared, q + place.first_row * 3 * channels, 3 * channels,
+  copy_rows<T, head_tile>(shared, q + place.first_row * int64_t{3} * channels, 3 * channels,
       AttentionLaunch::block_rows, tokens - place.first_row, head_dim, true);
   commit_copies();
   wait_copies<0>();

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(128, query_blocks)
   const T* q = static_cast<const T*>(args.qkv) + first_token * 3 * channels + column;
   const T* grad = static_cast<const T*>(args.grad) + first_token * channels + column;
   T* shared = dynamic_shared<T>();
-  copy_rows<T, head_tile>(shared, q + place.first_row * 3 * channels, 3 * channels,
+  copy_rows<T, head_tile>(shared, q + place.first_row * int64_t{3} * channels, 3 * channels,
       AttentionLaunch::block_rows, rows_left, head_dim, true);
   copy_rows<T, head_tile>(shared + matrix_values, grad + place.first_row * channels, channels,
       AttentionLaunch::block_rows, rows_left, head_dim, l.packed);
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(128, key_blocks<T, head_tile>)
   T* shared = dynamic_shared<T>();
   for (int part = 0; part < 2; ++part) {
     copy_rows<T, head_tile>(shared + part * matrix_values,
-        q + place.first_row * 3 * channels + (part + 1) * channels, 3 * channels,
+        q + place.first_row * int64_t{3} * channels + (part + 1) * channels, 3 * channels,
         AttentionLaunch::block_rows, tokens - place.first_row, head_dim, true);
   }
   commit_copies();

@@ -14,7 +14,10 @@
 #ifdef DSNET_EMULATE
 #include "emulator/warp.h"
 #define DSNET_DEVICE inline
+// A last parameter: where the caller is, so that the emulator tells two instructions apart.
+#define DSNET_CALLER , std::source_location caller = std::source_location::current()
 #else
+#define DSNET_CALLER
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define DSNET_DEVICE __device__ __forceinline__
@@ -295,10 +298,10 @@ DSNET_DEVICE float exp2_approx(float value) {
 // Loads `matrices` (1, 2 or 4) 8×8 matrices of 16-bit values; lane 8·m + r points at row r of
 // matrix m, 16 bytes in shared memory.
 template <bool transposed = false, int matrices>
-DSNET_DEVICE void load_matrices(uint32_t (&result)[matrices], const void* row) {
+DSNET_DEVICE void load_matrices(uint32_t (&result)[matrices], const void* row DSNET_CALLER) {
   static_assert(matrices == 1 || matrices == 2 || matrices == 4, "ldmatrix loads 1, 2 or 4");
 #ifdef DSNET_EMULATE
-  emulator::ldmatrix<matrices, transposed>(result, row);
+  emulator::ldmatrix<matrices, transposed>(result, row, caller);
 #else
   const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
   if constexpr (matrices == 1 && !transposed) {
@@ -337,11 +340,12 @@ DSNET_DEVICE void load_matrices(uint32_t (&result)[matrices], const void* row) {
 
 // d += a·b for a (16, 16) and b (16, 8) of T, fp32 sums; fragments as in PTX's mma.m16n8k16.
 template <typename T>
-DSNET_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+DSNET_DEVICE void mma_16x8x16(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] DSNET_CALLER) {
   constexpr bool is_half = std::is_same_v<T, __half>;
   static_assert(is_half || std::is_same_v<T, __nv_bfloat16>, "T: expected a 16-bit float");
 #ifdef DSNET_EMULATE
-  emulator::mma_16x8x16<T>(d, a, b, d);
+  emulator::mma_16x8x16<T>(d, a, b, d, caller);
 #else
   if constexpr (is_half) {
     asm volatile(
@@ -371,9 +375,10 @@ DSNET_DEVICE uint32_t to_tf32(float value) {
 }
 
 // d += a·b for a (16, 8) and b (8, 8) of tf32; of a float that is none, the low 13 bits are lost.
-DSNET_DEVICE void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+DSNET_DEVICE void mma_16x8x8_tf32(
+    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] DSNET_CALLER) {
 #ifdef DSNET_EMULATE
-  emulator::mma_16x8x8_tf32(d, a, b, d);
+  emulator::mma_16x8x8_tf32(d, a, b, d, caller);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "

@@ -44,6 +44,11 @@ std::string lanes_text(uint32_t mask) {
   return out.str();
 }
 
+// Where in its file an operation is, if that matters.
+std::string place_text(unsigned line) {
+  return line == 0 ? "" : " of line " + std::to_string(line);
+}
+
 // Whether two names are alike; mostly they are one literal.
 bool is_same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
@@ -188,7 +193,14 @@ void Block::barrier(const char* file, unsigned line) {
   }
 }
 
-void Block::rendezvous(const char* operation, uint32_t mask, void* operand, Complete complete) {
+bool Block::waits_for(
+    const Thread& thread, const char* operation, uint32_t mask, const char* file, unsigned line) {
+  return thread.mask == mask && is_same(thread.operation, operation) && thread.line == line &&
+         is_same(thread.file, file);
+}
+
+void Block::rendezvous(const char* operation, uint32_t mask, void* operand, Complete complete,
+    const char* file, unsigned line) {
   Thread& mine = *threads_[running_];
   const unsigned first = running_ / warp_size * warp_size;
   if (!(mask >> lane() & 1)) {
@@ -207,18 +219,21 @@ void Block::rendezvous(const char* operation, uint32_t mask, void* operand, Comp
   for (uint32_t others = mask & meeting; others != 0; others &= others - 1) {
     const auto l = static_cast<unsigned>(std::countr_zero(others));
     const Thread& other = *threads_[first + l];
-    if (other.mask == mask && is_same(other.operation, operation)) {
+    if (waits_for(other, operation, mask, file, line)) {
       operands[l] = other.operand;
       here |= 1u << l;
     } else if (other.mask >> lane() & 1) {
-      fail(std::string("mismatched warp primitives: ") + operation + " with mask " +
-           lanes_text(mask) + " while " + thread_text(first + l) + " " + waiting_text(first + l));
+      fail(std::string("mismatched warp primitives: ") + operation + place_text(line) +
+           " with mask " + lanes_text(mask) + " while " + thread_text(first + l) + " " +
+           waiting_text(first + l));
     }
   }
   if (here != mask) {
     mine.operation = operation;
     mine.mask = mask;
     mine.operand = operand;
+    mine.file = file;
+    mine.line = line;
     meeting |= 1u << lane();
     suspend(State::at_rendezvous);
     return;
@@ -281,7 +296,8 @@ std::string Block::waiting_text(unsigned thread) const {
   switch (other.state) {
     case State::at_barrier: return "waits at __syncthreads of line " + std::to_string(other.line);
     case State::at_rendezvous:
-      return std::string("waits at ") + other.operation + " with mask " + lanes_text(other.mask);
+      return std::string("waits at ") + other.operation + place_text(other.line) + " with mask " +
+             lanes_text(other.mask);
     case State::finished: return "has returned";
     case State::ready: break;
   }
@@ -298,8 +314,9 @@ void Block::fail_deadlock() {
     for (unsigned l = 0; l < warp_size; ++l) {
       if (!(waiting.mask >> l & 1)) continue;
       const Thread& other = *threads_[first + l];
-      const bool same = other.state == State::at_rendezvous && other.mask == waiting.mask &&
-                        is_same(other.operation, waiting.operation);
+      const bool same =
+          other.state == State::at_rendezvous &&
+          waits_for(other, waiting.operation, waiting.mask, waiting.file, waiting.line);
       if (same) continue;
       fail(std::string(waiting.operation) + " with mask " + lanes_text(waiting.mask) +
            " is never reached by " + thread_text(first + l) + ", which " + waiting_text(first + l));

@@ -54,8 +54,10 @@ class Block {
 
   // For the running thread:
   void barrier(const char* file, unsigned line);
-  // Waits for all lanes of `mask` at the same operation; the last one calls complete.
-  void rendezvous(const char* operation, uint32_t mask, void* operand, Complete complete);
+  // Waits for all lanes of `mask` at the same operation; the last one calls complete. With a place
+  // the lanes must meet there: at one instruction, not at another of the same name.
+  void rendezvous(const char* operation, uint32_t mask, void* operand, Complete complete,
+      const char* file = "", unsigned line = 0);
   // A rendezvous after which the lanes see each other's shared memory.
   void warp_barrier(uint32_t mask);
   void copy_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes);
@@ -81,7 +83,7 @@ class Block {
     const char* operation = nullptr;  // of a rendezvous
     uint32_t mask = 0;
     void* operand = nullptr;
-    const char* file = nullptr;  // of a barrier
+    const char* file = nullptr;  // of a barrier or an operation
     unsigned line = 0;
     // Warp barriers of each lane that this one has heard of.
     std::array<uint32_t, warp_size> heard{};
@@ -96,6 +98,9 @@ class Block {
   void complete_copies(Thread& thread, unsigned below_group);
   [[noreturn]] void fail_deadlock();
   std::string waiting_text(unsigned thread) const;
+  // Whether a thread waits for this operation, with this mask and at this place.
+  static bool waits_for(
+      const Thread& thread, const char* operation, uint32_t mask, const char* file, unsigned line);
   unsigned warps() const { return (count_ + warp_size - 1) / warp_size; }
 
   std::string kernel_;

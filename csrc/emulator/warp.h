@@ -1,6 +1,7 @@
 // Warp primitives and matrix instructions: what each computes from the operands of its lanes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -9,6 +10,9 @@
 #include "emulator/cuda.h"
 
 namespace dsnet::emulator {
+
+// Where an instruction is that all lanes must execute together, `.sync.aligned` in PTX.
+using Place = std::source_location;
 
 inline constexpr uint32_t full_warp = 0xffffffffu;
 
@@ -82,30 +86,48 @@ inline uint32_t ballot(bool predicate, uint32_t mask) {
   return mine.result;
 }
 
+// Eight rows of 16 bytes are read at once unless two differ in the same four of the 32 banks.
+inline void check_banks(const char* name, void* const rows[8], unsigned matrix) {
+  unsigned passes = 1, in_bank[8] = {};
+  for (unsigned r = 0; r < 8; ++r) {
+    bool is_new = true;
+    for (unsigned other = 0; other < r; ++other) is_new = is_new && rows[other] != rows[r];
+    const unsigned bank = static_cast<unsigned>(reinterpret_cast<uintptr_t>(rows[r]) / 16 % 8);
+    if (is_new) passes = std::max(passes, ++in_bank[bank]);
+  }
+  if (passes == 1) return;
+  fail(std::string("bank conflict: ") + name + " reads the rows of matrix " +
+       std::to_string(matrix) + " in " + std::to_string(passes) + " passes");
+}
+
 // Lanes 8·m to 8·m + 7 address the rows of matrix m; lane l receives two neighbours of row l / 4,
 // or of column l / 4 when transposed.
 template <int matrices, bool transposed>
-void ldmatrix(uint32_t (&result)[matrices], const void* row) {
+void ldmatrix(uint32_t (&result)[matrices], const void* row, const Place& place) {
   struct Operand {
     const void* row;
     uint32_t* result;
   } mine{row, result};
   if (current_block().lane() < 8 * matrices) check_load(Space::shared, row, 16, 16);
-  current_block().rendezvous(transposed ? "ldmatrix.trans" : "ldmatrix", full_warp, &mine,
-      [](void* const operands[warp_size], uint32_t) {
-        for (unsigned m = 0; m < matrices; ++m) {
-          uint16_t matrix[8][8];
-          for (unsigned r = 0; r < 8; ++r) {
-            std::memcpy(matrix[r], static_cast<Operand*>(operands[8 * m + r])->row, 16);
-          }
-          for (unsigned lane = 0; lane < warp_size; ++lane) {
-            const unsigned major = lane / 4, minor = lane % 4 * 2;
-            const uint32_t low = transposed ? matrix[minor][major] : matrix[major][minor];
-            const uint32_t high = transposed ? matrix[minor + 1][major] : matrix[major][minor + 1];
-            static_cast<Operand*>(operands[lane])->result[m] = low | high << 16;
-          }
-        }
-      });
+  static constexpr const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
+  const auto load = [](void* const operands[warp_size], uint32_t) {
+    for (unsigned m = 0; m < matrices; ++m) {
+      uint16_t matrix[8][8];
+      void* rows[8];
+      for (unsigned r = 0; r < 8; ++r) {
+        rows[r] = const_cast<void*>(static_cast<Operand*>(operands[8 * m + r])->row);
+        std::memcpy(matrix[r], rows[r], 16);
+      }
+      check_banks(name, rows, m);
+      for (unsigned lane = 0; lane < warp_size; ++lane) {
+        const unsigned major = lane / 4, minor = lane % 4 * 2;
+        const uint32_t low = transposed ? matrix[minor][major] : matrix[major][minor];
+        const uint32_t high = transposed ? matrix[minor + 1][major] : matrix[major][minor + 1];
+        static_cast<Operand*>(operands[lane])->result[m] = low | high << 16;
+      }
+    }
+  };
+  current_block().rendezvous(name, full_warp, &mine, load, place.file_name(), place.line());
 }
 
 inline float low_value(uint32_t pair, __nv_bfloat16) {
@@ -143,11 +165,11 @@ void multiply_matrices(void* const operands[warp_size], const Fill& fill) {
 
 // mma.m16n8k16, row-major a and column-major b of T, two to a register.
 template <typename T>
-void mma_16x8x16(
-    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+    const Place& place) {
   MmaOperand mine{a, b, c, d};
   const char* name = std::is_same_v<T, __half> ? "mma.m16n8k16.f16" : "mma.m16n8k16.bf16";
-  current_block().rendezvous(name, full_warp, &mine, [](void* const operands[warp_size], uint32_t) {
+  const auto multiply = [](void* const operands[warp_size], uint32_t) {
     multiply_matrices<16>(operands,
         [](unsigned group, unsigned in_group, const MmaOperand& one, auto& left, auto& right) {
           for (unsigned half = 0; half < 2; ++half) {
@@ -161,7 +183,8 @@ void mma_16x8x16(
             }
           }
         });
-  });
+  };
+  current_block().rendezvous(name, full_warp, &mine, multiply, place.file_name(), place.line());
 }
 
 // To 10 bits of mantissa, ties away from zero; infinities and NaN keep their bits.
@@ -174,21 +197,22 @@ inline uint32_t round_tf32(float value) {
 inline float truncate_tf32(uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); }
 
 // mma.m16n8k8 of tf32.
-inline void mma_16x8x8_tf32(
-    float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+    const float (&c)[4], const Place& place) {
   MmaOperand mine{a, b, c, d};
+  const auto multiply = [](void* const operands[warp_size], uint32_t) {
+    multiply_matrices<8>(operands,
+        [](unsigned group, unsigned in_group, const MmaOperand& one, auto& left, auto& right) {
+          for (unsigned i = 0; i < 4; ++i) {
+            left[group + i % 2 * 8][in_group + i / 2 * 4] = truncate_tf32(one.a[i]);
+          }
+          for (unsigned i = 0; i < 2; ++i) {
+            right[in_group + i * 4][group] = truncate_tf32(one.b[i]);
+          }
+        });
+  };
   current_block().rendezvous(
-      "mma.m16n8k8.tf32", full_warp, &mine, [](void* const operands[warp_size], uint32_t) {
-        multiply_matrices<8>(operands,
-            [](unsigned group, unsigned in_group, const MmaOperand& one, auto& left, auto& right) {
-              for (unsigned i = 0; i < 4; ++i) {
-                left[group + i % 2 * 8][in_group + i / 2 * 4] = truncate_tf32(one.a[i]);
-              }
-              for (unsigned i = 0; i < 2; ++i) {
-                right[in_group + i * 4][group] = truncate_tf32(one.b[i]);
-              }
-            });
-      });
+      "mma.m16n8k8.tf32", full_warp, &mine, multiply, place.file_name(), place.line());
 }
 
 }  // namespace dsnet::emulator

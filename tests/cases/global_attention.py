@@ -1,6 +1,9 @@
 """Inputs, faults and bad arguments of ``global_attention``."""
 
+from functools import partial
+
 import torch
+from cancelling import of_key_biases
 from harness import BadArgument, OpCase, random
 
 from dsnet_kernels import global_attention
@@ -106,6 +109,8 @@ CASE = OpCase(
     refused={"sdpa": ("dropout",)},
     faults=FAULTS,
     bad=BAD,
+    redraws=3,
+    cancelling=partial(of_key_biases, reference, ("qkv_bias",)),
     # In float32, with logits around 100, torch's kernel has twelve times the reference's error. The
     # gradient of the key bias is zero: there few roundings are compared with few.
     slack={"sdpa": 24.0, "cuda": 3.0},

@@ -216,4 +216,32 @@ __global__ void mismatched_shuffles(const float* in, float* out) {
   store_global(out + (63 - (i ^ 31)), value);
 }
 
+// A matrix instruction must be one and the same for all lanes; here the product is zero.
+template <bool fault>
+__global__ void product_in_two_branches(const float* in, float* out) {
+  const int i = threadIdx.x;
+  const uint32_t left[4] = {}, right[2] = {};
+  float sums[4] = {read(in + i)};
+  if (fault && i % 2 == 1) {
+    mma_16x8x16<__half>(sums, left, right);
+  } else {
+    mma_16x8x16<__half>(sums, left, right);
+  }
+  store_global(out + (63 - i), sums[0]);
+}
+
+// A warp's floats are an 8×8 matrix of halves; rows 128 bytes apart are in the same banks.
+template <bool fault>
+__global__ void rows_in_the_same_banks(const float* in, float* out) {
+  constexpr int stride = fault ? 32 : 4;
+  __shared__ SharedArray<float, 2 * 8 * 32> tile;
+  const int i = threadIdx.x, lane = i % 32;
+  float* own = tile + i / 32 * 8 * 32;
+  store_shared(own + (lane / 4 * stride + lane % 4), read(in + i));
+  sync_warp();
+  uint32_t bits[1];
+  load_matrices(bits, own + lane % 8 * stride);
+  store_global(out + (63 - i), __uint_as_float(bits[0]));
+}
+
 }  // namespace dsnet::cuda::faults

@@ -47,6 +47,8 @@ const std::map<std::string, std::pair<Reverse, Reverse>> reversals = {
     DSNET_PAIR(mask_without_the_caller),
     DSNET_PAIR(source_outside_the_mask),
     DSNET_PAIR(mismatched_shuffles),
+    DSNET_PAIR(product_in_two_branches),
+    DSNET_PAIR(rows_in_the_same_banks),
 };
 
 void reverse(const std::string& name, bool fault, Address in, Address out) {
