@@ -114,8 +114,10 @@ class OnlineSoftmax {
   }
 
  private:
-  // Rounded twice, so that who has the maximum alone has the same offset.
-  DSNET_DEVICE float binary_units(float max) const { return max * scale_ * log2_e; }
+  // The same number for the same maximum: the correction of an unchanged maximum is exactly 1.
+  DSNET_DEVICE float binary_units(float max) const {
+    return multiply_rounded(max * scale_, log2_e);
+  }
 
   float scale_, scale2_;  // of logits, in natural and binary units
   float max_[2] = {-INFINITY, -INFINITY};
