@@ -19,7 +19,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
     const Arguments&... arguments) {
 #ifdef DSNET_EMULATE
-  (void)stream;
+  emulator::check_stream(name, stream);
   emulator::launch(
       name, grid.blocks, grid.threads, grid.dynamic_shared_bytes, [&] { kernel(arguments...); });
 #else
