@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace dsnet::cuda {
 
