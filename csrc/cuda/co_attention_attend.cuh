@@ -203,7 +203,9 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
 }
 
 // Combines the splits of the global queries: a warp per query and head.
-static __global__ void __launch_bounds__(128)
+// A template, so that the unit alone that launches it has it.
+template <int = 0>
+__global__ void __launch_bounds__(128)
     co_attention_combine(const Direction d, int64_t splits, const float* partials, float* softmax,
         float* out, int64_t out_image, int64_t out_head, int64_t out_row, float* kept) {
   const int64_t all = d.batch * d.heads * d.query_count;

@@ -16,6 +16,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REFUSAL = None if importlib.util.find_spec("triton") else "triton is not installed"
 """Why there is no Triton, or None."""
 
+devices = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+"""Types of device whose tensors the kernels take."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,30 +37,40 @@ def import_refusal() -> str | None:
     return _import_refusal()
 
 
+def forget_refusal() -> None:
+    """Asks Triton again at the next call, for instance because its driver is another one."""
+    _import_refusal.cache_clear()
+
+
 def can_run(x: Tensor, name: str = "x") -> str | None:
     """Why the kernels do not take the argument ``name``, or None."""
-    if not INTERPRETED and x.device.type != "cuda":
-        return f"{name} is on {x.device}, not on an NVIDIA GPU"
-    if INTERPRETED and x.device.type not in ("cpu", "cuda"):
-        return f"{name} is on {x.device}; Triton's interpreter takes it on the CPU or a GPU"
+    if x.device.type not in devices:
+        if INTERPRETED:
+            return f"{name} is on {x.device}; Triton's interpreter takes it on the CPU or a GPU"
+        return f"{name} is on {x.device}, not on a GPU"
     if x.dtype not in _DTYPES:
         return f"{name} is {x.dtype}; the kernel computes in float32, bfloat16 and float16"
     if INTERPRETED and x.dtype == torch.bfloat16:
         return f"{name} is torch.bfloat16, which Triton's interpreter computes wrongly"
-    reason = None if INTERPRETED else native.gpu_refusal(x.get_device())
+    on_gpu = x.device.type == "cuda" and not INTERPRETED
+    reason = native.gpu_refusal(x.get_device()) if on_gpu else None
     return import_refusal() if reason is None else reason
 
 
-def implement(operation: str) -> None:
+def implement(
+    operation: str,
+    keys: tuple[str, ...] = ("CPU", "CUDA") if INTERPRETED else ("CUDA",),
+    library: torch.library.Library = native.LIBRARY,
+) -> None:
     """Gives ``<operation>_triton`` and its backward the kernels of ``triton/<operation>.py``.
 
-    The file is imported at the first call.
+    The file is imported at the first call. ``keys`` are the dispatch keys that take the kernels.
     """
 
     def kernels():
         return importlib.import_module(f".{operation}", __name__)
 
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    for key in keys:
         name = f"{operation}_triton"
-        native.LIBRARY.impl(name, lambda *args: kernels().forward(*args), key)
-        native.LIBRARY.impl(f"{name}_backward", lambda *args: kernels().backward(*args), key)
+        library.impl(name, lambda *args: kernels().forward(*args), key)
+        library.impl(f"{name}_backward", lambda *args: kernels().backward(*args), key)

@@ -1,5 +1,6 @@
 // Python module: the depthwise convolution's kernels and bindings for a GPU, in the emulator.
-#include "cuda/depthwise_conv3x3.cuh"
+#include "cuda/depthwise_conv3x3.cu"
+#include "cuda/sum_slots.cu"
 
 #include "operation.h"
 

@@ -1,6 +1,8 @@
 // Python module: the kernels and bindings of upsampling and concatenation for a GPU, in the
 // emulator.
-#include "cuda/upsample_concat_backward.cuh"
+#include "cuda/upsample_concat.cu"
+#include "cuda/sum_slots.cu"
+#include "cuda/upsample_concat_backward.cu"
 
 #include "operation.h"
 
