@@ -1,4 +1,7 @@
-"""Builds the modules that run the CUDA sources on the CPU, once per state of the sources.
+"""Builds the modules that run CUDA sources on the CPU, once per state of the sources.
+
+A module is named after an operation, or ``selftest`` for the emulator's own tests, or ``runtime``
+for a CUDA runtime that records its calls.
 
 The compiler fuses products and sums wherever it may, as nvcc does, if the processor has the
 instruction. ``DSNET_EMULATOR_CONTRACT=0`` builds without: the tests must pass both ways.
@@ -14,6 +17,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -22,10 +26,26 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import torch
+
+from benchmarks.compile_gates import nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "emulator"
+INCLUDES = [ROOT / "csrc", ROOT / "tests" / "emulator"]
 EMULATOR = ["block.cpp", "fiber.cpp", "memory.cpp"]
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+# The oldest torch whose stable ABI the bindings use, as in CMakeLists.txt.
+ABI = "0x020A000000000000"
+# Functions of torch that ask for a GPU; tests/emulator/device.cpp answers in their place.
+WRAPPED = (
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
+    "aoti_torch_create_tensor_from_blob_v2",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
+    "aoti_torch_get_current_cuda_stream",
+)
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas"]
 # Their instrumentation takes long to optimise.
 SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
@@ -47,30 +67,67 @@ def contraction() -> tuple[list[str], str]:
     return ["-ffp-contract=off"], "this processor has no fused multiply-add, or does not say so"
 
 
+def cuda_headers() -> Path | None:
+    """The folder of ``cuda_runtime.h``, from a toolkit or from the packages of torch, or None."""
+    found = nvcc.find_nvcc()
+    places = [Path(found).resolve().parent.parent] if found else []
+    places += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    places += sorted(Path(torch.__file__).parent.parent.glob("nvidia/cu*"))
+    folders = [place / "include" for place in places]
+    return next((each for each in folders if (each / "cuda_runtime.h").exists()), None)
+
+
+def _sources(name: str) -> list[Path]:
+    sources = [ROOT / "tests" / "emulator" / f"{name}.cpp"]
+    if name != "selftest":
+        sources.append(ROOT / "tests" / "emulator" / "device.cpp")
+    if name != "runtime":
+        sources += [ROOT / "csrc" / "emulator" / file for file in EMULATOR]
+    return sources
+
+
 def _command(name: str) -> list[str]:
-    sources = [ROOT / "csrc" / "emulator" / file for file in EMULATOR]
-    sources.append(ROOT / "tests" / "emulator" / f"{name}.cpp")
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]
+    """Compiles one module; bindings need torch, whose library is loaded already."""
+    includes = [f"-I{folder}" for folder in INCLUDES]
     includes += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *contraction()[0]]
-    sanitizers = SANITIZERS if _sanitize() else []
+    definitions, links = ["-DDSNET_EMULATE"], []
+    if name == "runtime":
+        definitions = []
+        includes += ["-isystem", str(cuda_headers())]
+    if name != "selftest":
+        torch_folder = Path(torch.__file__).parent
+        includes += ["-isystem", str(torch_folder / "include")]
+        definitions += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={ABI}"]
+        links = [f"-Wl,--wrap={function}" for function in WRAPPED]
+        links += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     compiler = os.environ.get("CXX", "g++").split()
     return [
         *compiler,
-        *flags,
+        *FLAGS,
+        *contraction()[0],
         *WARNINGS,
-        *sanitizers,
-        "-DDSNET_EMULATE",
+        *(SANITIZERS if _sanitize() else []),
+        *definitions,
         *includes,
-        *map(str, sources),
+        *map(str, _sources(name)),
+        *links,
     ]
 
 
-def _digest(command: list[str]) -> str:
-    digest = hashlib.sha256("\0".join([*command, sys.version]).encode())
-    folders = [ROOT / "csrc" / name for name in ("common", "cuda", "emulator")]
-    folders.append(ROOT / "tests" / "emulator")
-    for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
+def _with_headers(sources: list[Path]) -> list[Path]:
+    """The sources and every file of ours that they include, and that those include."""
+    found = dict.fromkeys(sources)
+    for path in (left := list(sources)):
+        for header in re.findall(r'#include "(.+)"', path.read_text("utf-8")):
+            places = [folder / header for folder in INCLUDES if (folder / header).exists()]
+            left += [place for place in places if place not in found]
+            found |= dict.fromkeys(places)
+    return sorted(found)
+
+
+def _digest(name: str, command: list[str]) -> str:
+    digest = hashlib.sha256("\0".join([*command, sys.version, torch.__version__]).encode())
+    for path in _with_headers(_sources(name)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -96,7 +153,7 @@ def load(name: str) -> ModuleType:
     """
     command = _command(name)
     module_name = f"emulator_{name}"
-    folder = CACHE / _digest(command)
+    folder = CACHE / _digest(name, command)
     library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may want the same: it waits, rather than compile it too.

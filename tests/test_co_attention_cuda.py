@@ -1,16 +1,31 @@
 """The CUDA kernels of ``co_attention``, run in the emulator."""
 
+import emulated
 import emulator_build
 import pytest
 import torch
 from cases.co_attention import make
-from emulated.co_attention import PARAMETERS, backward, forward
 from harness import assert_within_budget, generator
 
 from dsnet_kernels.co_attention import _parameter_shapes, absorbs
 from dsnet_kernels.reference import co_attention as reference
 from dsnet_kernels.reference.dropout import keep_mask
 
+forward, backward = emulated.functions("co_attention")
+PARAMETERS = (
+    "global_norm_weight",
+    "global_norm_bias",
+    "local_qkv_weight",
+    "local_qkv_bias",
+    "global_qkv_weight",
+    "global_qkv_bias",
+    "local_proj_weight",
+    "local_proj_bias",
+    "global_proj_weight",
+    "global_proj_bias",
+    "local_scale",
+    "local_shift",
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "projected"])
 EPS = 1e-5
@@ -77,7 +92,9 @@ def run(inputs, grads, absorbed, dropout_p=0.0, dropout_seed=None, **options):
         dropout_seed,
         absorbed,
     )
-    *outputs, local_softmax, global_softmax, attended, _, _ = forward(*streams, *tail, **options)
+    *outputs, local_softmax, global_softmax, attended, _, _ = forward(
+        *streams, *tail, False, **options
+    )
     saved = (local_softmax, global_softmax, attended)
     *grads, flat = backward(*grads, *streams, *saved, None, None, *tail, **options)
     shapes = _parameter_shapes(*(stream.shape[2] for stream in streams), attended.shape[2])
@@ -262,16 +279,6 @@ def test_no_images_have_empty_results_and_zero_parameter_gradients():
         assert torch.equal(found[f"grad {name}"], torch.zeros_like(inputs[name]))
 
 
-def launches_of(emulator, sizes, absorbed=-1, address=0):
-    absent = emulator.Parameter(0, True)
-    inputs = emulator.Inputs(address, address, [absent] * 12, EPS, 0.0, 0)
-    shape = emulator.Shape(*sizes)
-    yield emulator.launch(emulator.Forward(shape, inputs, address, *[0] * 4), absorbed)
-    yield emulator.launch(
-        emulator.Backward(shape, inputs, *[address] * 2, *[0] * 2, address, *[0] * 2), absorbed
-    )
-
-
 # Batch, N, M, Cl, Cg, heads, head dimension.
 LAUNCHES = [
     (1, 1, 1, 1, 1, 1, 8),
@@ -287,7 +294,7 @@ LAUNCHES = [
 @pytest.mark.parametrize("sizes", LAUNCHES)
 def test_launches_cover_every_row_within_the_limits_of_a_grid(emulator, sizes):
     batch, tokens, global_tokens, width, _, heads, head_dim = sizes
-    for launch in launches_of(emulator, sizes):
+    for launch in emulator.launches(sizes, -1, 0):
         assert launch.absorbed == (absorbs(tokens, global_tokens, width, heads) and width <= 128)
         assert launch.columns == (-(-width // 8) * 8 if launch.absorbed else head_dim)
         assert launch.column_tile >= launch.columns
@@ -297,29 +304,25 @@ def test_launches_cover_every_row_within_the_limits_of_a_grid(emulator, sizes):
         assert (launch.splits - 1) * launch.split_rows < tokens
         assert launch.split_rows % launch.block_rows == 0
         assert batch * heads * launch.global_tiles * launch.splits < 2**30
-        assert f"splits {launch.splits}" in str(launch)
+        assert f"splits {launch.splits}" in launch.text
 
 
 @pytest.mark.parametrize(("address", "aligned"), [(0, True), (8, False)])
 def test_unaligned_streams_are_copied(emulator, address, aligned):
-    for launch in launches_of(emulator, (1, 64, 9, 32, 32, 1, 32), 1, address):
+    for launch in emulator.launches((1, 64, 9, 32, 32, 1, 32), 1, address):
         assert (launch.packed, launch.copies_tokens) == (aligned, not aligned)
 
 
 def test_the_absorbed_form_is_for_up_to_128_channels(emulator):
     for width, absorbed in ((128, True), (136, False)):
-        launch = next(launches_of(emulator, (1, 64, 9, width, 32, 1, 32), 1))
+        launch = emulator.launches((1, 64, 9, width, 32, 1, 32), 1, 0)[0]
         assert launch.absorbed == absorbed
 
 
 def test_the_workspace_grows_with_the_tokens_of_each_stream_not_with_their_product(emulator):
     def size(tokens, global_tokens):
-        absent = emulator.Parameter(0, True)
-        inputs = emulator.Inputs(0, 0, [absent] * 12, EPS, 0.0, 0)
-        shape = emulator.Shape(1, tokens, global_tokens, 32, 32, 1, 32)
-        args = emulator.Backward(shape, inputs, *[0] * 7)
-        launch = emulator.launch(args, 1)
-        return emulator.workspace(args, emulator.Storage.float32, launch)
+        _, launch = emulator.launches((1, tokens, global_tokens, 32, 32, 1, 32), 1, 0)
+        return launch.backward_workspace
 
     large = size(1_000_000, 100_000)
     assert large < 1.1 * (size(1_000_000, 1) + size(64, 100_000))
@@ -334,4 +337,4 @@ def test_the_workspace_grows_with_the_tokens_of_each_stream_not_with_their_produ
 )
 def test_more_tokens_than_a_grid_holds_are_refused(emulator, sizes, message):
     with pytest.raises(ValueError, match=f"local: expected {message}"):
-        next(launches_of(emulator, sizes))
+        emulator.launches(sizes, -1, 0)

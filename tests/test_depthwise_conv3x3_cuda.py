@@ -1,12 +1,13 @@
 """The CUDA kernels of ``depthwise_conv3x3``, run in the emulator."""
 
+import emulated
 import emulator_build
 import pytest
 import torch
-from emulated.depthwise_conv3x3 import backward, forward
 
 from dsnet_kernels.reference import depthwise_conv3x3 as reference
 
+forward, backward = emulated.functions("depthwise_conv3x3")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACK = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 SHAPES = [
@@ -177,25 +178,12 @@ def test_slices_and_offsets_are_read_in_place(dtype):
     assert len(names) == 13
 
 
-def launches(emulator, shape, storage, address=0):
-    """Configurations of forward and backward for contiguous activations at an address."""
-    _, channels, height, width = shape
-    strides = (height * width * channels, width * channels, channels)
-    pixels = emulator.Pixels(address, *strides)
-    absent = emulator.Parameter(0, True)
-    size = emulator.Shape(*shape)
-    yield emulator.launch(emulator.Forward(size, pixels, *[absent] * 4, False, address), storage)
-    yield emulator.launch(
-        emulator.Backward(size, pixels, pixels, *[absent] * 3, False, address, 0), storage
-    )
-
-
 @pytest.mark.parametrize(
     ("channels", "address", "packs"),
     [(64, 0, (8, 4)), (64, 8, (1, 4)), (64, 2, (1, 1)), (12, 0, (1, 4)), (17, 0, (1, 1))],
 )
 def test_packs_are_as_wide_as_channels_and_alignment_allow(emulator, channels, address, packs):
-    found = launches(emulator, (1, channels, 5, 5), emulator.Storage.bfloat16, address)
+    found = emulator.launches((1, channels, 5, 5), emulator.Storage.bfloat16, address)
     assert tuple(launch.pack for launch in found) == packs
 
 
@@ -216,17 +204,17 @@ def test_packs_are_as_wide_as_channels_and_alignment_allow(emulator, channels, a
 )
 def test_launches_cover_every_value_within_the_limits_of_a_grid(emulator, shape):
     batch, channels, height, width = shape
-    for launch in launches(emulator, shape, emulator.Storage.bfloat16):
+    for launch in emulator.launches(shape, emulator.Storage.bfloat16, 0):
         assert launch.threads_x * launch.threads_y <= launch.threads
         assert launch.threads_x * launch.pack <= 128
         assert launch.groups * launch.threads_x * launch.pack >= channels
         assert launch.strips * launch.rows >= height > (launch.strips - 1) * launch.rows
         assert launch.column_blocks * launch.threads_y * launch.repeats >= batch * width
-        assert 1 <= launch.blocks() < 2**31
-        assert f"blocks {launch.blocks()}" in str(launch)
+        assert 1 <= launch.blocks < 2**31
+        assert f"blocks {launch.blocks}" in launch.text
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 2**31, 1), (1, 8, 1, 2**31)], ids=str)
 def test_more_rows_or_columns_than_an_int_holds_are_refused(emulator, shape):
     with pytest.raises(ValueError, match="x: expected at most 2147483647 rows and columns, got"):
-        next(launches(emulator, shape, emulator.Storage.float32))
+        emulator.launches(shape, emulator.Storage.float32, 0)

@@ -113,6 +113,15 @@ def test_seeds_differ_in_the_order_of_blocks_warps_and_lanes(emulator):
     assert len({tuple(o % 32) for o in orders}) == len(orders)
 
 
+def test_a_launch_on_another_stream_than_the_current_device_has_is_refused(emulator):
+    emulator.launch_on(16, 16)
+    try:
+        with pytest.raises(emulator.Error, match="kernel on_a_stream: launched on another stream"):
+            emulator.launch_on(0, 16)
+    finally:
+        emulator.launch_on(0, 0)
+
+
 @pytest.mark.parametrize(
     ("blocks", "threads", "what"), [(1, 1025, "threads per block"), (0, 32, "one")]
 )

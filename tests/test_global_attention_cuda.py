@@ -1,14 +1,15 @@
 """The CUDA kernels of ``global_attention``, run in the emulator."""
 
+import emulated
 import emulator_build
 import pytest
 import torch
-from emulated.global_attention import backward, forward
 from harness import assert_within_budget
 
 from dsnet_kernels.reference import global_attention as reference
 from dsnet_kernels.reference.dropout import keep_mask
 
+forward, backward = emulated.functions("global_attention")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 # Batch, tokens, heads, head dimension: both sides of the fused kernel's and of every tile's limit.
@@ -66,7 +67,7 @@ def run(inputs, grad, heads, dropout_p=0.0, dropout_seed=None, **options):
     """The kernels' output and gradients by name, and lse; the gradients in their inputs' dtypes."""
     x, *parameters = inputs
     tail = (*parameters, EPS, dropout_p, dropout_seed)
-    out, lse, _ = forward(x, heads, *tail, **options)
+    out, lse, _ = forward(x, heads, *tail, False, **options)
     grads = backward(grad, x, lse, None, heads, *tail, **options)
     grads = [value.to(given.dtype) for value, given in zip(grads, inputs, strict=True)]
     named = dict(zip((f"grad {name}" for name in NAMES), grads, strict=True))
@@ -111,7 +112,7 @@ def test_one_kernel_or_several_for_few_tokens(tokens, dtype):
     """Both regimes are within the budget, and have the same sums: Q, K and V are bit-equal."""
     inputs, _ = make_inputs((2, tokens, 2, 32), dtype)
     tail = (*inputs[1:], EPS, 0.0, None)
-    results = [forward(inputs[0], 2, *tail, fused=fused) for fused in (False, True)]
+    results = [forward(inputs[0], 2, *tail, False, fused=fused) for fused in (False, True)]
     exact = reference(inputs[0].double(), 2, *(value.double() for value in inputs[1:]))
     same = reference(inputs[0], 2, *inputs[1:])
     for out, *_ in results:
@@ -123,7 +124,7 @@ def test_one_kernel_or_several_for_few_tokens(tokens, dtype):
 @pytest.mark.parametrize("tokens", [9, 65])
 def test_lse_is_the_logarithm_of_the_softmax_sum(tokens, dtype):
     inputs, _ = make_inputs((2, tokens, 2, 16), dtype)
-    _, lse, _ = forward(inputs[0], 2, *inputs[1:], EPS, 0.0, None)
+    _, lse, _ = forward(inputs[0], 2, *inputs[1:], EPS, 0.0, None, False)
     x, norm_weight, norm_bias, qkv_weight, qkv_bias = (value.double() for value in inputs)
     normalized = torch.nn.functional.layer_norm(x, (32,), norm_weight, norm_bias, EPS)
     qkv = torch.nn.functional.linear(normalized, qkv_weight, qkv_bias)
@@ -151,7 +152,7 @@ def strongly_negative(tokens, dtype, low=-500.0, high=-100.0):
 def test_strongly_negative_logits(tokens, dtype):
     """Padded keys with logits of 0 would take all the weight, and exp(0 − lse) is infinite."""
     inputs, grad = strongly_negative(tokens, dtype)
-    _, lse, _ = forward(inputs[0], 1, *inputs[1:], EPS, 0.0, None)
+    _, lse, _ = forward(inputs[0], 1, *inputs[1:], EPS, 0.0, None, False)
     assert -500 < lse.min() <= lse.max() < -100
     assert_correct(inputs, grad, 1)
 
@@ -173,7 +174,7 @@ def test_dropout_mask_is_that_of_the_reference(tokens, dtype):
         x = torch.zeros(2, tokens, width, dtype=dtype)
         for key in keys:
             x[:, key, key - first] = 1
-        out, *_ = forward(x, heads, *parameters, EPS, dropout_p, seed)
+        out, *_ = forward(x, heads, *parameters, EPS, dropout_p, seed, False)
         branch = (out - x).double().view(2, tokens, heads, head_dim).transpose(1, 2)
         values = torch.nn.functional.layer_norm(x.double(), (width,), eps=EPS)[..., :head_dim]
         # A key more or fewer changes a value by more than 7 / tokens.
@@ -237,14 +238,6 @@ def test_a_constant_token_has_a_finite_gradient():
     assert_correct(inputs, grad, 1)
 
 
-def launch_of(emulator, batch, tokens, width, heads, address=0):
-    absent = emulator.Parameter(0, True)
-    inputs = emulator.Inputs(address, absent, absent, address, absent, EPS, 0.0, 0)
-    shape = emulator.Shape(batch, tokens, width, heads)
-    yield emulator.launch(emulator.Forward(shape, inputs, 0, 0, 0))
-    yield emulator.launch(emulator.Backward(shape, inputs, address, *[0] * 10))
-
-
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "heads"),
     [
@@ -262,23 +255,23 @@ def launch_of(emulator, batch, tokens, width, heads, address=0):
 def test_launches_cover_every_row_within_the_limits_of_a_grid(
     emulator, batch, tokens, width, heads
 ):
-    for launch in launch_of(emulator, batch, tokens, width, heads):
+    for launch in emulator.launches((batch, tokens, width), heads, 0):
         assert launch.fused == (tokens <= 64 and width // heads <= 32)
         assert launch.head_tile >= width // heads
         assert launch.row_tiles * launch.block_rows >= tokens
-        assert launch.attention_blocks() == batch * heads * launch.row_tiles < 2**31
+        assert launch.attention_blocks == batch * heads * launch.row_tiles < 2**31
         assert launch.token_blocks * launch.block_rows >= batch * tokens
         assert launch.column_blocks * launch.block_columns >= 3 * width
-        assert launch.projection_blocks() < 2**31
+        assert launch.projection_blocks < 2**31
         assert launch.slots <= 128
         assert launch.slots * launch.slot_rows >= batch * tokens
         assert launch.fused_threads // 2 >= min(tokens, 64)
-        assert f"slots {launch.slots}" in str(launch)
+        assert f"slots {launch.slots}" in launch.text
 
 
 @pytest.mark.parametrize(("address", "packed"), [(0, True), (8, False), (2, False)])
 def test_access_is_as_wide_as_alignment_allows(emulator, address, packed):
-    found = [launch.packed for launch in launch_of(emulator, 1, 9, 32, 1, address)]
+    found = [launch.packed for launch in emulator.launches((1, 9, 32), 1, address)]
     assert found == [packed, packed]
 
 
@@ -288,4 +281,4 @@ def test_access_is_as_wide_as_alignment_allows(emulator, address, packed):
 )
 def test_more_tokens_than_a_grid_holds_are_refused(emulator, shape, message):
     with pytest.raises(ValueError, match=f"x: expected at most {message}"):
-        next(launch_of(emulator, *shape))
+        emulator.launches(shape[:3], shape[3], 0)

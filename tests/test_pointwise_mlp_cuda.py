@@ -1,10 +1,10 @@
 """The CUDA kernels of ``pointwise_mlp``, run in the emulator."""
 
+import emulated
 import emulator_build
 import pytest
 import torch
 from cases.pointwise_mlp import CASE
-from emulated.pointwise_mlp import backward, forward
 from harness import (
     assert_same_bits,
     assert_within_budget,
@@ -14,6 +14,7 @@ from harness import (
 )
 from variants import GPU_DTYPES
 
+forward, backward = emulated.functions("pointwise_mlp")
 HALVES = (torch.bfloat16, torch.float16)
 # Batch, height, width, C, R: both sides of the limits of a block's 64 or 128 rows and columns, of
 # 32 of depth, and of the widths of the fused kernel; widths that are no multiple of 8.
@@ -156,9 +157,9 @@ def test_nan_stays_in_its_image_where_fused(dtype):
 def test_a_missing_slab_is_noticed():
     inputs, grads = sample(CASE, (3, 7, 13, 24, 40))
     fields = {"slab_tokens": 128, "slabs": 2}
-    with pytest.raises(AssertionError, match="hidden: some values were never written"):
+    with pytest.raises(AssertionError, match="some values of result 0 are unwritten"):
         results(inputs, grads, forward_fields=fields)
-    with pytest.raises(RuntimeError, match=r"nobody wrote byte .* of hidden_partials"):
+    with pytest.raises(RuntimeError, match=r"nobody wrote byte .* of allocation"):
         results(inputs, grads, backward_fields=fields)
 
 
@@ -212,25 +213,6 @@ def test_gelu_of_16_bits_keeps_nan(emulator):
 # Launches
 
 
-def launches(emulator, shape, storage, address=0, hidden=0):
-    """Configurations of forward and backward with all activations at one address."""
-    absent = emulator.Parameter(0, True)
-    size = emulator.Shape(*shape)
-    vectors = [absent] * 3
-    yield emulator.launch(
-        emulator.Forward(
-            size, address, address, absent, address, absent, *vectors, hidden, address
-        ),
-        storage,
-    )
-    yield emulator.launch(
-        emulator.Backward(
-            size, address, address, hidden, address, absent, address, *vectors, address, *[0] * 4
-        ),
-        storage,
-    )
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -248,25 +230,25 @@ def launches(emulator, shape, storage, address=0, hidden=0):
 )
 def test_launches_cover_every_token_within_the_limits_of_a_grid(emulator, shape):
     batch, height, width, channels, hidden = shape
-    tokens, size = batch * height * width, emulator.Shape(*shape)
+    tokens = batch * height * width
     for storage in (emulator.Storage.bfloat16, emulator.Storage.float32):
         for kept in (0, 16):
-            for launch in launches(emulator, shape, storage, hidden=kept):
+            for launch in emulator.launches(shape, storage, 0, kept):
                 assert launch.slab_tokens % launch.large_rows == 0
-                slabs = [launch.slab(size, i) for i in {0, launch.slabs - 1}]
-                assert slabs[-1].first + slabs[-1].tokens == tokens
-                assert all(0 < slab.tokens <= launch.slab_tokens for slab in slabs)
+                slabs = [launch.slab(i) for i in {0, launch.slabs - 1}]
+                assert sum(slabs[-1]) == tokens
+                assert all(0 < count <= launch.slab_tokens for _, count in slabs)
                 most = max(launch.slab_tokens * max(channels, hidden), 1)
                 assert most <= max(2**24, 128 * max(channels, hidden))
                 slots = launch.hidden_slots
                 assert (slots - 1) * launch.tokens_of_slot < tokens <= slots * launch.tokens_of_slot
-                blocks = -(-hidden // launch.fused_hidden(channels))
+                blocks = -(-hidden // launch.fused_hidden)
                 assert not launch.fused or slots * blocks < 2**31
                 assert launch.channel_slots * launch.channel_rows >= tokens
                 assert -(-tokens // launch.fused_tokens) < 2**31
                 columns = -(-max(channels, hidden) // 64)
                 assert launch.slab_tokens // 64 * columns < 2**31
-                assert ("fused" if launch.fused else f"slabs {launch.slabs}") in str(launch)
+                assert ("fused" if launch.fused else f"slabs {launch.slabs}") in launch.text
 
 
 def test_narrow_tokens_of_16_bits_are_fused_where_nothing_is_kept(emulator):
@@ -277,7 +259,7 @@ def test_narrow_tokens_of_16_bits_are_fused_where_nothing_is_kept(emulator):
         (128, single, 0, False),
         (128, half, 16, False),
     ):
-        first, second = launches(emulator, (1, 7, 7, channels, 64), storage, hidden=hidden)
+        first, second = emulator.launches((1, 7, 7, channels, 64), storage, 0, hidden)
         assert first.fused == fused
         assert second.fused == fused
 
@@ -291,7 +273,7 @@ def test_large_blocks_are_for_kept_activations_of_large_shapes(emulator):
         (small, half, 16, (False, False)),
         (large, single, 16, (False, False)),
     ):
-        found = launches(emulator, shape, storage, hidden=hidden)
+        found = emulator.launches(shape, storage, 0, hidden)
         assert tuple(launch.large_hidden for launch in found) == expected
 
 
@@ -300,7 +282,7 @@ def test_large_blocks_are_for_kept_activations_of_large_shapes(emulator):
     [((16, 24), 0, True), ((16, 24), 8, False), ((16, 20), 0, False), ((20, 16), 0, False)],
 )
 def test_access_is_as_wide_as_channels_and_alignment_allow(emulator, widths, address, packed):
-    for launch in launches(emulator, (1, 5, 5, *widths), emulator.Storage.bfloat16, address):
+    for launch in emulator.launches((1, 5, 5, *widths), emulator.Storage.bfloat16, address, 0):
         assert launch.packed == packed
 
 
@@ -313,7 +295,7 @@ def test_access_is_as_wide_as_channels_and_alignment_allow(emulator, widths, add
 )
 def test_more_than_a_grid_holds_is_refused(emulator, shape, message):
     with pytest.raises(ValueError, match=message):
-        next(launches(emulator, shape, emulator.Storage.float32))
+        emulator.launches(shape, emulator.Storage.float32, 0, 0)
 
 
 def test_padding_of_hidden_activations_is_not_read():

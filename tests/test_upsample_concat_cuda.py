@@ -1,14 +1,15 @@
 """The CUDA kernels of ``upsample_concat``, run in the emulator."""
 
+import emulated
 import emulator_build
 import pytest
 import torch
 from cases.upsample_concat import CASE
-from emulated.upsample_concat import backward, forward
 from harness import assert_same_bits, compare, exact_results, generator, random, sample
 from torch.nn import functional as F
 from variants import GPU_DTYPES, Variant
 
+forward, backward = emulated.functions("upsample_concat")
 EMULATED = Variant("upsample_concat", "cuda", stand_in="emulated")
 # Both sides of the limits of a tile of 64 rows, 64 columns and 32 of depth; grids that are equal,
 # coarser and finer than the pixels; widths that are no multiple of 8.
@@ -108,17 +109,6 @@ def test_equal_grids_are_not_resampled(dtype):
     assert torch.equal(out, values)
 
 
-def launches(emulator, shape, storage, address=0):
-    """Configurations of forward and backward with all activations at one address."""
-    absent = emulator.Parameter(0, True)
-    size = emulator.Shape(*shape)
-    tensors = [address] * 3
-    yield emulator.launch(emulator.Forward(size, *tensors, absent, 0, absent, 0, address), storage)
-    yield emulator.launch(
-        emulator.Backward(size, *tensors, address, absent, 0, address, address, 0, 0), storage
-    )
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -136,7 +126,7 @@ def launches(emulator, shape, storage, address=0):
 def test_launches_cover_every_value_within_the_limits_of_a_grid(emulator, shape):
     batch, height, width, rows, columns, local, global_, channels = shape
     pixels, cells = batch * height * width, batch * rows * columns
-    for launch in launches(emulator, shape, emulator.Storage.bfloat16):
+    for launch in emulator.launches(shape, emulator.Storage.bfloat16, 0):
         assert launch.pixel_blocks * launch.block_rows >= pixels
         assert launch.cell_blocks * launch.block_rows >= cells
         assert launch.mixed_blocks * launch.block_columns >= channels
@@ -151,7 +141,7 @@ def test_launches_cover_every_value_within_the_limits_of_a_grid(emulator, shape)
         assert max(launch.pixel_blocks, launch.cell_blocks) * widest < 2**31
         assert launch.gather_blocks * launch.gather_groups < 2**31
         assert launch.slots * launch.mixed_blocks * widest < 2**31
-        assert f"slots {launch.slots}" in str(launch)
+        assert f"slots {launch.slots}" in launch.text
 
 
 @pytest.mark.parametrize(
@@ -159,9 +149,8 @@ def test_launches_cover_every_value_within_the_limits_of_a_grid(emulator, shape)
     [((8, 16, 24), 0, True), ((8, 16, 24), 8, False), ((8, 16, 20), 0, False)],
 )
 def test_access_is_as_wide_as_channels_and_alignment_allow(emulator, channels, address, packed):
-    for launch in launches(
-        emulator, (1, 5, 5, 2, 2, *channels), emulator.Storage.bfloat16, address
-    ):
+    sizes = (1, 5, 5, 2, 2, *channels)
+    for launch in emulator.launches(sizes, emulator.Storage.bfloat16, address):
         assert launch.packed == packed
         assert launch.pack == (8 if packed else 1)
 
@@ -176,4 +165,4 @@ def test_access_is_as_wide_as_channels_and_alignment_allow(emulator, channels, a
 )
 def test_more_than_a_grid_holds_is_refused(emulator, shape, message):
     with pytest.raises(ValueError, match=f"local: expected at most {message}"):
-        next(launches(emulator, shape, emulator.Storage.float32))
+        emulator.launches(shape, emulator.Storage.float32, 0)

@@ -1,6 +1,7 @@
 #include "cuda/sum_slots.h"
 
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace dsnet::cuda {
 

@@ -13,6 +13,11 @@ namespace dsnet::emulator {
 
 namespace py = pybind11;
 
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // A Buffer with the bytes of an array. Where `present` is given, one flag per byte, the others
 // stay unwritten.
 inline std::unique_ptr<Buffer> make_buffer(
@@ -57,12 +62,39 @@ inline void bind(py::module_& m) {
                 static_cast<py::ssize_t>(b.size()), reinterpret_cast<const uint8_t*>(b.data()));
           },
           "A copy of the content.")
-      .def_property_readonly("written", [](const Buffer& b) {
-        py::array_t<bool> flags(static_cast<py::ssize_t>(b.size()));
-        for (size_t i = 0; i < b.size(); ++i)
-          flags.mutable_data()[i] = b.writer(i) != Buffer::nobody;
-        return flags;
-      });
+      .def_property_readonly(
+          "memory",
+          [](const py::object& self) {
+            const auto& b = py::cast<const Buffer&>(self);
+            return py::array_t<uint8_t>(static_cast<py::ssize_t>(b.size()),
+                reinterpret_cast<const uint8_t*>(b.data()), self);
+          },
+          "The content itself; the array keeps the buffer alive.")
+      .def_property_readonly("name", &Buffer::name)
+      .def_property("writable", &Buffer::writable, &Buffer::set_writable)
+      .def_property_readonly("written",
+          [](const Buffer& b) {
+            py::array_t<bool> flags(static_cast<py::ssize_t>(b.size()));
+            for (size_t i = 0; i < b.size(); ++i)
+              flags.mutable_data()[i] = b.writer(i) != Buffer::nobody;
+            return flags;
+          })
+      .def(
+          "mark_written",
+          [](Buffer& b, size_t offset, const py::array_t<bool, py::array::c_style>& flags) {
+            const auto count = static_cast<size_t>(flags.size());
+            if (offset + count > b.size()) throw py::index_error(b.name() + " is shorter");
+            for (size_t i = 0; i < count; ++i) {
+              if (flags.data()[i]) b.set_writer(offset + i, Buffer::host);
+            }
+          },
+          py::arg("offset"), py::arg("flags"),
+          "The host gave the flagged bytes from `offset` on a value.")
+      .def_static(
+          "find",
+          [](uintptr_t address) { return Buffer::find(reinterpret_cast<const void*>(address)); },
+          py::arg("address"), py::return_value_policy::reference,
+          "The buffer that holds an address, or None.");
 }
 
 }  // namespace dsnet::emulator

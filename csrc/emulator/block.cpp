@@ -20,6 +20,7 @@ struct Machine {
   uint64_t launch = Buffer::host;
   Block* block = nullptr;
   std::byte* dynamic_shared = nullptr;
+  const void* stream = nullptr;
 };
 
 Machine& machine() {
@@ -68,6 +69,13 @@ std::string thread_text(unsigned thread) { return current_block().thread_text(th
 void set_seed(uint64_t seed) { machine().seed = seed; }
 
 std::byte* dynamic_shared() { return machine().dynamic_shared; }
+
+void expect_stream(const void* stream) { machine().stream = stream; }
+
+void check_stream(const std::string& kernel, const void* stream) {
+  if (stream == machine().stream) return;
+  throw Error("kernel " + kernel + ": launched on another stream than the current device's");
+}
 
 Block::Block(std::string kernel, Index grid, Index threads, uint64_t seed)
     : kernel_(std::move(kernel)),

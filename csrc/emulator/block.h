@@ -131,6 +131,10 @@ void set_seed(uint64_t seed);
 // Runs body() for every thread of every block. One launch at a time.
 void launch(const std::string& kernel, Index grid, Index threads, size_t dynamic_shared_bytes,
     const std::function<void()>& body);
+// Names the stream that launches must use from now on; null until it is called.
+void expect_stream(const void* stream);
+// Throws Error if a launch of `kernel` uses another stream than the expected one.
+void check_stream(const std::string& kernel, const void* stream);
 // Start of the launch's dynamic shared memory, 1024-byte aligned.
 std::byte* dynamic_shared();
 

@@ -31,6 +31,7 @@ class Buffer {
   std::byte* data() const { return data_; }
   size_t size() const { return writers_.size(); }
   bool writable() const { return writable_; }
+  void set_writable(bool writable) { writable_ = writable; }
   // The launch that wrote a byte; `nobody`, or `host`.
   uint64_t writer(size_t offset) const { return writers_[offset]; }
   void set_writer(size_t offset, uint64_t launch) { writers_[offset] = launch; }

@@ -3,8 +3,8 @@
 #include <string>
 #include <utility>
 
-#include "arguments.h"
 #include "cuda/launch.cuh"
+#include "emulator/bind.h"
 #include "faults.cuh"
 #include "primitives.cuh"
 
@@ -125,6 +125,11 @@ PYBIND11_MODULE(emulator_selftest, m) {
     int next = 0;
     launch("order_of_threads", primitives::order_of_threads, {{blocks}, {threads}}, nullptr,
         at<int>(in), at<int>(out), &next);
+  });
+  m.def("launch_on", [](Address stream, Address expected) {
+    emulator::expect_stream(at<void>(expected));
+    launch("on_a_stream", +[] {}, one_warp, at<CUstream_st>(stream));
+    emulator::expect_stream(nullptr);
   });
   m.def("round_bf16",
       elementwise<uint16_t, float>([](float x) { return __float2bfloat16_rn(x).bits; }));
