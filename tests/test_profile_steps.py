@@ -1,5 +1,7 @@
 """``dsnet profile``: steps seen from outside, and their times."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_network import SMALL, small
