@@ -103,7 +103,7 @@ def test_report_with_roofs_survives_json():
 
 def test_first_versions_have_no_roofs_and_no_yardstick():
     whole = dataclasses.replace(report(row()), roofs=())
-    text = whole.to_json().replace('"version": 3', '"version": 1')
+    text = whole.to_json().replace('"version": 4', '"version": 1')
     text = text.replace(' "roofs": [],\n', "").replace(' "yardstick": [],\n', "")
     assert '"roofs"' not in text
     assert '"yardstick"' not in text
@@ -125,8 +125,9 @@ def test_spreads_hold_the_drift_of_the_machine():
 
 def test_yardstick_is_timed_before_every_row_and_behind_the_last(monkeypatch, quick):
     seconds = iter((1.0, 2.0, 4.0))
-    monkeypatch.setattr(session, "yardstick", lambda: lambda: next(seconds))
-    found = session.take("command", [Task("first", row), Task("second", row)])
+    monkeypatch.setattr(session, "yardstick", lambda device: lambda: next(seconds))
+    tasks = [Task(title, lambda until: row()) for title in ("first", "second")]
+    found = session.take("command", tasks)
     assert found.yardstick == (1.0, 2.0, 4.0)
     assert len(found.rows) == 2
 

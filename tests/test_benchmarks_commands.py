@@ -66,7 +66,8 @@ def test_networks_have_inference_training_and_a_backbone():
 def test_every_peer_is_asked_for_by_name_or_all():
     everything = settings(parse("models", "--peers", "all")).baselines
     assert set(everything) == {
-        *("eager_nchw", "eager_channels_last", "compile", "sdpa", "onnxruntime", "openvino")
+        *("eager_nchw", "eager_channels_last", "eager_amp", "compile", "sdpa"),
+        *("onnxruntime", "openvino"),
     }
     assert settings(parse("models", "--peers", "openvino")).baselines == ["openvino"]
 

@@ -238,7 +238,9 @@ def test_threads_do_not_change_bits(case, variant):
 def test_repeats_are_bit_equal(case, variant):
     """In the emulator with another order of threads each time; the interpreter knows but one."""
     inputs, grads = sample(case, case.small[1])
-    repeats = {"emulated": 8, "interpreted": 1}.get(variant.stand_in, 1000)
+    # On a GPU blocks come in another order each time, and a test has seconds.
+    plain = 50 if variant.device == "cuda" else 1000
+    repeats = {"emulated": 8, "interpreted": 1}.get(variant.stand_in, plain)
     with variant.active():
         first = run(case, variant, inputs, grads)
         for _ in range(repeats):

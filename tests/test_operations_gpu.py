@@ -1,9 +1,10 @@
-"""Every operation on a GPU: streams, graphs and devices."""
+"""Every operation on a GPU: one shape, streams, graphs and devices."""
 
 import pytest
 import torch
 from cases import on_gpu
-from harness import assert_same_bits, evaluate, inputs_on, placed, sample, tensors_of
+from harness import assert_same_bits, compare, evaluate, inputs_on, placed, sample, tensors_of
+from variants import GPU_DTYPES
 
 DELAY = 50_000_000
 """Clock cycles, some 30 ms: whatever does not wait for the stream comes too early."""
@@ -12,6 +13,13 @@ DELAY = 50_000_000
 def sample_on_gpu(case, seed=0, device="cuda"):
     inputs, grads = sample(case, case.small[1], seed=seed)
     return inputs_on(device, inputs), [placed(grad, device) for grad in grads]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_one_shape_is_within_budget(case, variant, dtype):
+    """The least that has to work: the other tests try all shapes, layouts and options."""
+    compare(case, variant, *(sample(case, case.small[0], dtype, seed) for seed in range(2)))
 
 
 @on_gpu

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dsnet.bench.cases import CASES, stages
+from dsnet.bench.device import CPU, Device, find
 from dsnet.bench.models import model_row
 from dsnet.bench.ops import op_row
 from dsnet.bench.report import Row
@@ -18,13 +19,14 @@ from dsnet.bench.row import EAGER_BASELINES
 from dsnet.bench.session import check_target, deliver, take, use_threads
 from dsnet.bench.suite import Task
 from dsnet.commands import at_least, image_size
-from dsnet.commands.bench import DTYPES
+from dsnet.commands.bench import DEVICES, DTYPES
 from dsnet.variants import list_models
 
 NAME = "scaling"
 HELP = "time a network along batch, image size (with peak memory) and number of threads"
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+GPU_BATCHES = (1, 8, 32, 128, 512)
 SIZES = ((224, 224), (320, 320), (448, 448), (640, 640), (800, 1333))
 SERIES = ("batch", "size", "threads")
 SIZE = (224, 224)
@@ -38,7 +40,13 @@ OPERATION = "co_attention"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=list_models(), default="dsnet_tiny")
     parser.add_argument("--series", choices=SERIES, nargs="+", default=list(SERIES))
-    parser.add_argument("--batch", type=at_least(1), nargs="+", default=list(BATCHES), metavar="N")
+    parser.add_argument(
+        "--batch",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help=f"(default {listed(BATCHES)}; on a GPU {listed(GPU_BATCHES)})",
+    )
     parser.add_argument("--size", type=image_size, nargs="+", default=list(SIZES), metavar="S")
     parser.add_argument(
         "--threads",
@@ -48,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(default: from one to one per core)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default float32, on a GPU bfloat16)")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing per point")
     parser.add_argument("--json", metavar="FILE", help="write the results; - prints them instead")
 
@@ -56,26 +65,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_target(args.json)
     command = shlex.join(["python", "-m", "benchmarks", *args.argv])
-    dtype = getattr(torch, args.dtype)
-    return deliver(take(command, list(points(args)), dtypes=[dtype]), args.json)
+    device = find(args.device)
+    tasks = list(points(args, device))
+    return deliver(take(command, tasks, dtypes=[_dtype(args, device)], device=device), args.json)
 
 
-def points(args: argparse.Namespace) -> Iterator[Task]:
+def _dtype(args: argparse.Namespace, device: Device) -> torch.dtype:
+    return getattr(torch, args.dtype or ("bfloat16" if device.gpu else "float32"))
+
+
+def points(args: argparse.Namespace, device: Device = CPU) -> Iterator[Task]:
     """A task per point, curve after curve."""
     common = {
-        "dtype": getattr(torch, args.dtype),
+        "dtype": _dtype(args, device),
         "backends": ["auto"],
         "baselines": EAGER_BASELINES,
         "budget": args.budget,
+        "device": device,
     }
     network = partial(model_row, args.model, training=False, **common)
+    network = partial(network, graphs=device.gpu)
     curves = {"batch": _by_batch, "size": _by_size, "threads": _by_threads}
     for series in dict.fromkeys(args.series):
+        if series == "threads" and device.gpu:
+            # The CPU's threads only launch.
+            continue
         yield from curves[series](args, network, common)
 
 
-def _by_batch(args: argparse.Namespace, network: Callable[..., Row], _: Any) -> Iterator[Task]:
-    for batch in args.batch:
+def _by_batch(
+    args: argparse.Namespace, network: Callable[..., Row], common: dict[str, Any]
+) -> Iterator[Task]:
+    device = common["device"]
+    for batch in args.batch or (GPU_BATCHES if device.gpu else BATCHES):
         run = partial(network, batch=batch, size=SIZE)
         yield _point(f"{args.model}, batch {batch}", "batch", run)
 
@@ -100,11 +122,15 @@ def _by_threads(args: argparse.Namespace, network: Callable[..., Row], _: Any) -
 
 
 def _point(title: str, series: str, run: Callable[[], Row], threads: int | None = None) -> Task:
-    def measured() -> Row:
+    def measured(**limits: float) -> Row:
         with use_threads(threads):
-            return replace(run(), series=series, threads=threads)
+            return replace(run(**limits), series=series, threads=threads)
 
     return Task(title, measured)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _pixels(size: Sequence[int]) -> str:

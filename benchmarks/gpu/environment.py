@@ -1,11 +1,8 @@
-"""Machine, GPU, versions, commit and date of a run."""
+"""Machine, GPU, versions and commit of a run."""
 
-import subprocess
 from importlib import metadata
 
-import torch
-
-from dsnet.bench import report
+from dsnet.bench import cuda, report
 
 from ..compile_gates import nvcc
 from .program import Context
@@ -18,11 +15,11 @@ def run(context: Context) -> None:
     for package in ("triton", "numpy"):
         versions[package] = _version(package)
     if not context.dry_run:
-        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+        versions |= cuda.versions()
     machine = {key: value for key, value in facts["machine"].items() if key != "gpu"}
     context.results = {
         "machine": machine,
-        "gpu": None if context.dry_run else _gpu(),
+        "gpu": None if context.dry_run else cuda.properties(),
         "versions": versions,
         "commit": facts["commit"],
     }
@@ -30,7 +27,10 @@ def run(context: Context) -> None:
 
 def _nvcc() -> str | None:
     found = nvcc.find_nvcc()
-    return None if found is None else nvcc.nvcc_version(found)
+    try:
+        return None if found is None else nvcc.nvcc_version(found)
+    except (OSError, nvcc.GateError):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -38,24 +38,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _gpu() -> dict:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
-        "driver": _driver(),
-    }
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip()

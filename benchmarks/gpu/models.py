@@ -1,96 +1,116 @@
-"""DS-Net-T: inference and training steps, and how many kernels a call launches."""
+"""DS-Net-T: inference by batch, call by call and as CUDA graphs, a training step, max-autotune."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
+import dsnet_kernels
 from dsnet.bench.models import model_row
-from dsnet.bench.row import BASELINES, EAGER_BASELINES, Contender
+from dsnet.bench.row import GPU_BASELINES
+from dsnet.bench.suite import Task
 
-from .clock import captured, timer
+from . import rows
+from .counts import Count
+from .devices import device_of
 from .program import Context
+from .tables import MODEL
+from .warm_up import fill_cache, variants
 
-MODEL = "dsnet_tiny"
-# Compiling takes longer than all the rest: last, where a time limit loses nothing else.
-ROWS = (("inference", EAGER_BASELINES), ("training", EAGER_BASELINES), ("inference", BASELINES))
-BATCHES = {"inference": 128, "training": 64}
 SIZE = (224, 224)
-DRY = {"batch": 2, "size": (32, 32)}
-BUDGET = 4.0
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+
+AUTOTUNED = ("eager_channels_last", "compile")
+"""On a GPU ``compile`` is torch.compile with max-autotune, which takes minutes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row: batch, dtype, inference or a training step, and its baselines."""
+
+    batch: int
+    dtype: torch.dtype = BF16
+    training: bool = False
+    baselines: tuple[str, ...] = GPU_BASELINES
+
+    @property
+    def title(self) -> str:
+        work = "training step" if self.training else "inference"
+        dtype = str(self.dtype).removeprefix("torch.")
+        tuned = ", against max-autotune" if "compile" in self.baselines else ""
+        return f"{MODEL} {work}, batch {self.batch}, {dtype}{tuned}"
+
+
+# What compiles for minutes comes last, where a limit loses nothing else.
+PLANS = (
+    *(Plan(batch) for batch in (1, 128, 8, 32, 512)),
+    Plan(64, training=True),
+    *(Plan(batch, FLOAT32) for batch in (128, 1)),
+    *(Plan(batch, baselines=AUTOTUNED) for batch in (128, 1)),
+)
+
+DRY_SIZE = (32, 32)
+# More images than are checked, once.
+DRY_PLANS = (Plan(10), Plan(2, training=True), Plan(2, FLOAT32))
+
+MOST_ROWS = 12
+MOST_VARIANTS = 180
+"""Bounds of the dry run."""
 
 
 def run(context: Context) -> str | None:
-    context.results |= {"rows": [], "launches": {}}
-    failures = []
-    for work, baselines in ROWS:
-        if context.dry_run and baselines == BASELINES:
-            continue
-        launches = {}
-        row = model_row(
-            MODEL,
-            batch=DRY["batch"] if context.dry_run else BATCHES[work],
-            size=DRY["size"] if context.dry_run else SIZE,
-            dtype=torch.bfloat16,
-            training=work == "training",
-            backends=["auto"],
-            baselines=baselines,
-            budget=BUDGET,
-            device=context.device,
-            timer=timer(context.device),
-            extend=partial(_extended, work=work, device=context.device, launches=launches),
+    problem = None
+    if context.dry_run:
+        problem = _count(context)
+    elif "cuda" not in dsnet_kernels.available_backends("co_attention"):
+        # Without its library, auto runs on Triton, which compiles one variant after the other.
+        print(f"Triton variants compiled: {fill_cache(networks_on_triton)}", flush=True)
+    found = rows.take(context, list(tasks(context)))
+    return "; ".join(filter(None, (problem, found))) or None
+
+
+def tasks(context: Context) -> Iterator[Task]:
+    device = device_of(context)
+    size = DRY_SIZE if context.dry_run else SIZE
+    for plan in DRY_PLANS if context.dry_run else PLANS:
+        yield Task(
+            plan.title,
+            partial(
+                model_row,
+                MODEL,
+                batch=plan.batch,
+                size=size,
+                dtype=plan.dtype,
+                training=plan.training,
+                backends=["auto"],
+                baselines=plan.baselines,
+                device=device,
+                graphs=not plan.training,
+            ),
         )
-        context.results["rows"].append(dataclasses.asdict(row))
-        context.results["launches"].setdefault(work, {}).update(launches)
-        context.write()
-        print(f"{work}, {', '.join(baselines)}: done", flush=True)
-        if row.failed():
-            failures.append(work)
-    return f"failed: {'; '.join(failures)}" if failures else None
 
 
-def _extended(
-    contenders: list[Contender], work: str, device: str, launches: dict[str, int | None]
-) -> list[Contender]:
-    """Counts what each launches; in inference adds each as a CUDA graph."""
-    counted = [_counted(contender, device, launches) for contender in contenders]
-    if work == "training":
-        return counted
-    return [*counted, *(_graphed(contender, device) for contender in contenders)]
+def networks_on_triton() -> None:
+    """Inference and a training step on small images, for the counting driver."""
+    import dsnet
+
+    images = torch.zeros(2, 3, 64, 64, dtype=BF16)
+    model = dsnet.create_model(MODEL).to(BF16)
+    with torch.inference_mode():
+        dsnet.optimize(model.eval())(images)
+    model.train()(images).sum().backward()
 
 
-def _counted(contender: Contender, device: str, launches: dict[str, int | None]) -> Contender:
-    """Counts once its values are known: a training step would change them."""
-
-    def values() -> Mapping[str, Tensor]:
-        found = contender.values()
-        launches[contender.name] = count_launches(contender.call, device)
-        return found
-
-    return dataclasses.replace(contender, values=values)
-
-
-def _graphed(contender: Contender, device: str) -> Contender:
-    replay = cache(lambda: captured(contender.call, device))
-    return dataclasses.replace(
-        contender,
-        name=f"{contender.name}, CUDA graph",
-        call=lambda: replay()(),
-        values=lambda: {"logits": replay()()},
-        compiles=False,
+def _count(context: Context) -> str | None:
+    inference = [plan for plan in PLANS if not plan.training and plan.dtype == BF16]
+    swept = {plan.batch for plan in inference if plan.baselines == GPU_BASELINES}
+    tuned = {plan.batch for plan in inference if "compile" in plan.baselines}
+    found = variants(networks_on_triton)
+    return context.count(
+        Count("rows of networks", len(PLANS), MOST_ROWS, least=1),
+        Count("rows at batch 1 and 128", len(swept & {1, 128}), 2, least=2),
+        Count("rows at batch 1 and 128 against max-autotune", len(tuned & {1, 128}), 2, least=2),
+        Count("training steps", sum(plan.training for plan in PLANS), 2, least=1),
+        *([] if found is None else [Count("Triton variants", found, MOST_VARIANTS, least=1)]),
     )
-
-
-def count_launches(call: Callable[[], object], device: str) -> int | None:
-    """Kernels, copies and fills of one call on the GPU; None on the CPU, which launches none."""
-    call()
-    if device != "cuda":
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())

@@ -1,174 +1,190 @@
-"""Every operation forward and backward at the stages of tiny, call by call and as a graph."""
+"""Every operation at the stages of tiny, the forward and the backward alone, as CUDA graphs."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 
+import dsnet_kernels
 from dsnet.bench.cases import CASES, Case, Stage, stages
-from dsnet.bench.ops import (
-    DRAWS,
-    Inputs,
-    as_tuple,
-    baseline,
-    explain,
-    judge_of,
-    make_inputs,
-    ours,
-)
+from dsnet.bench.device import Device
+from dsnet.bench.ops import op_row
 from dsnet.bench.report import Row
-from dsnet.bench.row import Contender, run_row
+from dsnet.bench.row import GRAPH, NATIVE, SDPA
+from dsnet.bench.suite import Task
 
-from .clock import captured, timer
+from . import rows
+from .counts import Count
+from .devices import CALLS, device_of, many_calls
 from .program import Context
+from .roofs import measured
+from .tables import MODEL
+from .warm_up import fill_cache, variants
 
-MODEL = "dsnet_tiny"
-BATCHES = (256, 64)
-SIZE = (224, 224)
-DRY = {"batches": (2,), "size": (32, 32)}
+SIZE, LARGE = (224, 224), (800, 1333)
+BACKENDS = ("cuda", "triton")
+BASELINES = ("eager_channels_last", NATIVE, SDPA)
+AUTOTUNED = ("eager_channels_last", "compile")
 BUDGET = 0.25
 """Seconds of timing per row."""
 
-BACKENDS = ("cuda", "triton")
-GRAPH = ", CUDA graph"
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+FORWARD, BACKWARD = "forward", "backward"
+MANY = f", {CALLS} calls per graph"
 
 
-class BackwardInputs(Inputs):
-    """For the backward alone: the forward runs once, with the first call."""
+@dataclass(frozen=True)
+class Plan:
+    """Rows of every case that share their batch, dtype, pass and way to be timed.
 
-    def bind(self, function: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor]]:
-        leaves = {name: value.detach().requires_grad_() for name, value in self.tensors.items()}
-        wanted = list(leaves.values())
-        # The backward runs on its forward's stream, so each stream, a graph's too, has its own.
-        forward = cache(lambda stream: function(**leaves, **self.constants))
+    Args:
+        batch: images per call.
+        work: the forward, or the backward alone.
+        dtype: of activations and parameters.
+        size: of the images.
+        stages: of the network.
+        timed: :data:`GRAPH` with inputs outside the caches, :data:`MANY`, or empty: call by call,
+            which is the time of the host where that is longer.
+        baselines: to compare with.
+    """
 
-        def backward() -> Sequence[Tensor]:
-            outputs = as_tuple(forward(_stream(self.grads[0])))
-            return torch.autograd.grad(outputs, wanted, self.grads, retain_graph=True)
+    batch: int
+    work: str = FORWARD
+    dtype: torch.dtype = BF16
+    size: tuple[int, int] = SIZE
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    timed: str = GRAPH
+    baselines: tuple[str, ...] = BASELINES
 
-        return backward
+    def places(self) -> Iterator[tuple[Case, Stage]]:
+        for case in CASES:
+            for stage in stages(MODEL, self.batch, self.size):
+                if stage.number in self.stages:
+                    yield case, stage
 
-    def values(self, call: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
-        names = (f"grad {name}" for name in self.tensors)
-        return dict(zip(names, call(), strict=True))
 
+# The most important first: a limit takes the last.
+PLANS = (
+    Plan(128),
+    Plan(128, BACKWARD),
+    *(Plan(batch, timed=MANY) for batch in (1, 8, 16)),
+    *(Plan(1, work, size=LARGE, stages=(1,)) for work in (FORWARD, BACKWARD)),
+    *(Plan(256, work) for work in (FORWARD, BACKWARD)),
+    *(Plan(128, work, FLOAT32) for work in (FORWARD, BACKWARD)),
+    Plan(128, timed=""),
+    Plan(128, stages=(1, 3), baselines=AUTOTUNED),
+)
 
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream().cuda_stream if tensor.is_cuda else 0
+DRY_SIZE = (32, 32)
+DRY_PLANS = (
+    Plan(10, size=DRY_SIZE),
+    Plan(10, BACKWARD, size=DRY_SIZE, stages=(1, 3)),
+    Plan(2, size=DRY_SIZE, stages=(1,), timed=MANY),
+    Plan(2, dtype=FLOAT32, size=DRY_SIZE, stages=(1,), timed=""),
+)
+
+MOST_ROWS = 320
+MOST_VARIANTS = 500
+MOST_ELEMENTS = 60_000_000_000
+"""Bounds of the dry run."""
 
 
 def run(context: Context) -> str | None:
-    # The backward of a compiled forward is timed many times over one forward.
-    torch._functorch.config.donated_buffer = False
+    problem = None
     if context.dry_run:
-        # Compiling would take longer than all the rest, and be no GPU's compiler.
-        torch.compiler.set_stance("force_eager")
-    batches, size = (DRY["batches"], DRY["size"]) if context.dry_run else (BATCHES, SIZE)
-    timed = timer(context.device)
-    context.results["rows"] = rows = []
-    failures = []
-    for batch in batches:
-        for case in CASES:
-            for stage in stages(MODEL, batch, size):
-                for backward in (False, True):
-                    start = time.monotonic()
-                    found = op_rows(case, stage, context.device, timed, backward)
-                    rows += [dataclasses.asdict(row) for row in found]
-                    failures += [_title(row) for row in found if row.failed()]
-                    context.write()
-                    print(f"{_title(found[0])}: {time.monotonic() - start:.1f} s", flush=True)
-    return f"failed: {'; '.join(failures)}" if failures else None
+        problem = _count(context)
+    elif "triton" in dsnet_kernels.available_backends("co_attention"):
+        print(f"Triton variants compiled: {fill_cache(operations_on_triton)}", flush=True)
+    device = device_of(context)
+    context.results |= measured(device, context.dry_run)
+    plans = DRY_PLANS if context.dry_run else PLANS
+    found = rows.take(context, list(tasks(plans, device)))
+    return "; ".join(filter(None, (problem, found))) or None
 
 
-def _title(row: Row) -> str:
-    return f"{row.subject} {row.use.split(':')[0]}, stage {row.stage}, {row.shape}, {row.work}"
-
-
-def op_rows(
-    case: Case,
-    stage: Stage,
-    device: str,
-    timed: Callable[..., dict],
-    backward: bool,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[Row]:
-    """Two rows of the same work: launched call by call, and replayed as a graph."""
-    draws = (make_inputs(case, stage, dtype, backward, seed) for seed in range(DRAWS))
-    draws = [draw.map(lambda value: value.to(device)) for draw in draws]
-    if backward:
-        draws = [BackwardInputs(draw.tensors, draw.constants, draw.grads) for draw in draws]
-    inputs = draws[0]
-    leading = inputs.tensors[case.activations[0]]
-    contenders = [baseline(name, case, inputs) for name in case.baselines]
-    contenders.append(native(case, inputs))
-    backends = our_backends(case, device)
-    contenders += [ours(name, case, inputs) for name in backends]
-    flops, elements = (part(stage)[int(backward)] for part in (case.flops, case.elements))
-    with torch.inference_mode(not backward):
-        judge = judge_of(case, draws)
-
-        def row(entered: list[Contender], suffix: str) -> Row:
-            return run_row(
-                entered,
-                judge,
-                budget=BUDGET,
-                roof=partial(torch.empty_like(leading).copy_, leading),
-                timer=timed,
-                kind="op",
-                subject=case.operation,
-                use=f"{case.use}: {case.formula}",
-                work=("backward" if backward else "forward") + suffix,
-                stage=stage.number,
-                shape=tuple(leading.shape),
-                dtype=str(dtype).removeprefix("torch."),
-                flops=flops,
-                bytes=elements * dtype.itemsize,
-                notes=_notes(case, inputs, backends),
+def tasks(plans: tuple[Plan, ...], device: Device) -> Iterator[Task]:
+    for plan in plans:
+        for case, stage in plan.places():
+            dtype = str(plan.dtype).removeprefix("torch.")
+            yield Task(
+                f"{case.operation} {case.use}, stage {stage.number}, batch {stage.batch},"
+                f" {plan.size[0]}×{plan.size[1]}, {dtype}, {plan.work}{plan.timed}",
+                partial(_row, plan, case, stage, device),
             )
 
-        graphs = [graphed(contender, inputs, device) for contender in contenders]
-        return [row(contenders, ""), row(graphs, GRAPH)]
+
+def _row(plan: Plan, case: Case, stage: Stage, device: Device, until: float) -> Row:
+    row = op_row(
+        case,
+        stage,
+        dtype=plan.dtype,
+        backward=False,
+        alone=plan.work == BACKWARD,
+        backends=_backends(case, device),
+        baselines=plan.baselines,
+        budget=BUDGET,
+        device=many_calls(device) if plan.timed == MANY else device,
+        graph=plan.timed != "",
+        until=until,
+    )
+    return dataclasses.replace(row, work=plan.work + plan.timed)
 
 
-def our_backends(case: Case, device: str) -> Sequence[str]:
-    """On a GPU its two, usable or not: the row says what is against one. The CPU stands in."""
-    if device == "cuda":
+def _backends(case: Case, device: Device) -> tuple[str, ...]:
+    """On a GPU its two, usable or not: the row names the reason against one."""
+    if device.name != "cpu":
         return BACKENDS
     available = case.available_backends()
-    return [next(name for name in ("cpu", "reference") if name in available)]
+    return (next(name for name in ("cpu", "reference") if name in available),)
 
 
-def native(case: Case, inputs: Inputs) -> Contender:
-    """The reference on ATen's own kernels: cuDNN is off, for forward and backward alike."""
-    entry = baseline("eager_channels_last", case, inputs)
+def operations_on_triton() -> None:
+    """Every operation of the plans once on empty tensors, for the counting driver."""
+    done = set()
+    for plan in PLANS:
+        for case, stage in plan.places():
+            key = (case.operation, case.use, stage, plan.dtype, plan.work)
+            if key in done or len(case.operations) > 1:
+                continue
+            done.add(key)
+            tensors = case.empty(stage, plan.dtype, "cpu")
+            function = case.function(partial(getattr, dsnet_kernels))
+            if plan.work == FORWARD:
+                with torch.inference_mode():
+                    function(**tensors, **case.constants(stage))
+                continue
+            leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+            outputs = function(**leaves, **case.constants(stage))
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            grads = [torch.empty_like(out) for out in outputs]
+            torch.autograd.grad(outputs, list(leaves.values()), grads)
 
-    def call() -> object:
-        with torch.backends.cudnn.flags(enabled=False):
-            return entry.call()
 
-    return dataclasses.replace(entry, name="native", call=call, values=lambda: inputs.values(call))
-
-
-def graphed(contender: Contender, inputs: Inputs, device: str) -> Contender:
-    """The same as a CUDA graph, captured with the first call; its values are those of a replay."""
-    replay = cache(lambda: captured(contender.call, device))
-
-    def call() -> object:
-        return replay()()
-
-    return dataclasses.replace(
-        contender, call=call, values=lambda: inputs.values(call), compiles=False
+def _count(context: Context) -> str | None:
+    count = sum(1 for plan in PLANS for _ in plan.places())
+    batches = {plan.batch for plan in PLANS}
+    found = variants(operations_on_triton)
+    return context.count(
+        Count("rows of operations", count, MOST_ROWS, least=1),
+        Count("rows of float32", _rows_of(FLOAT32), count, least=1),
+        Count("batches among 1, 8, 16, 128 and 256", len(batches & {1, 8, 16, 128, 256}), 5, 5),
+        Count("elements drawn on the GPU", elements_drawn(PLANS), MOST_ELEMENTS, least=1),
+        *([] if found is None else [Count("Triton variants", found, MOST_VARIANTS, least=1)]),
     )
 
 
-def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
-    return tuple(
-        f"{operation}, {name}: {found.refusals[name]}"
-        for operation, found in explain(case, inputs, list(backends))
-        for name in backends
-        if name in found.refusals
+def _rows_of(dtype: torch.dtype) -> int:
+    return sum(1 for plan in PLANS if plan.dtype == dtype for _ in plan.places())
+
+
+def elements_drawn(plans: tuple[Plan, ...]) -> int:
+    """Random numbers of one draw of the arguments of every row."""
+    return sum(
+        value.numel()
+        for plan in plans
+        for case, stage in plan.places()
+        for value in case.empty(stage, plan.dtype, "meta").values()
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from .phases import ROOT, Phase
 
 SCHEMA = "dsnet-gpu"
-VERSION = 1
+VERSION = 2
 
 NATIVE_SOURCES = ("csrc/cuda", "dsnet_kernels/triton")
 
@@ -74,3 +75,10 @@ def native_sources(root: Path = ROOT) -> str:
                 name = path.relative_to(root).as_posix()
                 digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, both whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)

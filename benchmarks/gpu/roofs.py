@@ -1,33 +1,34 @@
-"""What the GPU can do: bytes per second of a copy, operations per second of a matrix product."""
+"""The limits of the GPU: rates of a copy, of a matrix product, and of exponentials."""
+
+import dataclasses
+from typing import Any
 
 import torch
 
-from dsnet.bench.roofs import copy, product
+from dsnet.bench.device import Device
+from dsnet.bench.report import Roof
+from dsnet.bench.roofs import measure_roofs
 
-from .clock import timer
+from . import exponentials
+from .devices import device_of
 from .program import Context
 
-COPY_BYTES = 2 << 30
-MATRIX = 8192
-DRY = {"copy_bytes": 1 << 20, "matrix": 64}
-BUDGET = 2.0
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def run(context: Context) -> None:
-    copy_bytes = DRY["copy_bytes"] if context.dry_run else COPY_BYTES
-    size = DRY["matrix"] if context.dry_run else MATRIX
-    calls = {
-        "copy": copy(copy_bytes, torch.bfloat16, context.device),
-        "matrix": product(size, torch.bfloat16, context.device),
-    }
-    timings = timer(context.device)(calls, budget=BUDGET)
-    copied, multiplied = timings["copy"], timings["matrix"]
-    context.results = {
-        "copy_bytes_per_second": 2 * copy_bytes / copied.median,
-        "copy_seconds": [copied.median, *copied.quartiles],
-        "matrix_flops_per_second": 2 * size**3 / multiplied.median,
-        "matrix_seconds": [multiplied.median, *multiplied.quartiles],
-        "copy_bytes": copy_bytes,
-        "matrix": size,
-    }
-    print(context.results)
+    context.results |= measured(device_of(context), context.dry_run)
+    for roof in context.results["roofs"]:
+        print(roof)
+
+
+def measured(device: Device, dry_run: bool) -> dict[str, list[dict[str, Any]]]:
+    """The roofs, for the results of a phase: each command measures those that it is compared with.
+
+    On the CPU there is no kernel of exponentials.
+    """
+    found: list[Roof] = list(measure_roofs(DTYPES, device=device))
+    if not dry_run:
+        roof = exponentials.roof(device)
+        found += [] if roof is None else [roof]
+    return {"roofs": [dataclasses.asdict(roof) for roof in found]}

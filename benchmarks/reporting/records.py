@@ -4,9 +4,10 @@ import json
 from os import PathLike
 from pathlib import Path
 
-from dsnet.bench.report import SCHEMA, Report, Result, Roof, Row, row_of
+from dsnet.bench.report import SCHEMA, Report, Result, Row, row_of
 
 from ..gpu import record as gpu
+from ..gpu.tables import roofs_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
@@ -67,15 +68,10 @@ def _of_gpu(record: gpu.Record) -> Report:
         command=record.command,
         seconds=record.seconds,
         rows=tuple(rows),
-        roofs=_gpu_roofs(found.get("roofs", {})),
+        roofs=roofs_of(_with_roofs(found)),
     )
 
 
-def _gpu_roofs(results: dict) -> tuple[Roof, ...]:
-    if not results:
-        return ()
-    copy, product = results["copy_seconds"], results["matrix_seconds"]
-    return (
-        Roof("copy", "bfloat16", 2 * results["copy_bytes"], copy[0], tuple(copy[1:])),
-        Roof("product", "bfloat16", 2 * results["matrix"] ** 3, product[0], tuple(product[1:])),
-    )
+def _with_roofs(found: dict[str, dict]) -> dict:
+    """The results of the first phase that measured the roofs; each command measures its own."""
+    return next((found[name] for name in ("roofs", "ops") if found.get(name, {}).get("roofs")), {})

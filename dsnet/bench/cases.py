@@ -123,16 +123,29 @@ class Case:
             {name: arguments[name] for name in self.options},
         )
 
-    def tensors(self, stage: Stage, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    def empty(self, stage: Stage, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Arguments of the right shapes and layouts without values."""
+        result = {}
+        for name, shape in self.shapes(stage).items():
+            is_image = len(shape) == 4 and name in self.activations
+            layout = torch.channels_last if is_image else torch.contiguous_format
+            result[name] = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+        return result
+
+    def tensors(
+        self, stage: Stage, dtype: torch.dtype, seed: int, device: str = "cpu"
+    ) -> dict[str, Tensor]:
         """Random arguments rounded to ``dtype``, 4-D activations in ``channels_last``.
+
+        They are drawn on ``device``, in float32.
 
         Parameters are of a network's size, so that softmaxes are not steep: of what a steep one
         has little of, the error is a matter of chance.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         result = {}
         for name, shape in self.shapes(stage).items():
-            value = torch.randn(shape, generator=generator)
+            value = torch.randn(shape, generator=generator, device=device)
             if name not in self.activations:
                 value *= 0.1 if len(shape) == 1 else value[0].numel() ** -0.5
                 value += name.endswith(("scale", "norm_weight"))

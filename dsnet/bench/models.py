@@ -1,5 +1,7 @@
 """Rows of whole networks: inference, of a classifier or a backbone, and a training step."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 
@@ -11,14 +13,18 @@ from dsnet.optimize import optimize
 
 from . import packages, peers
 from .cases import CASES, stages
-from .networks import LEARNING_RATE, Outputs, Problem, judge, loss, values
-from .ops import explain, make_inputs
+from .device import CPU, Device, Timer
+from .inputs import Inputs
+from .networks import LEARNING_RATE, Outputs, Problem, judge, loss, named, values
+from .ops import explain
 from .report import Row
-from .row import EAGER_BASELINES, SDPA, Contender, run_row
-from .timing import measure
+from .row import AMP, EAGER_BASELINES, GPU_BASELINES, GRAPH, SDPA, Contender, run_row
 
 BUDGET = {"inference": 4.5, "training": 14.0}
 """Seconds of timing per row: six rounds at batch 8 on two cores."""
+
+GPU_BUDGET = 2.0
+"""The same on a GPU."""
 
 
 def model_row(
@@ -29,11 +35,12 @@ def model_row(
     dtype: torch.dtype,
     training: bool,
     backends: Sequence[str],
-    baselines: Sequence[str] = EAGER_BASELINES,
+    baselines: Sequence[str] | None = None,
     budget: float | None = None,
-    device: str = "cpu",
-    timer: Callable[..., dict] = measure,
-    extend: Callable[[list[Contender]], list[Contender]] = list,
+    device: Device = CPU,
+    timer: Timer | None = None,
+    graphs: bool = False,
+    until: float = math.inf,
     features: bool = False,
     memory: bool = False,
     exported: Sequence[str] = (),
@@ -41,10 +48,30 @@ def model_row(
     """Times inference of ``name``, or its training step: forward, loss, backward, AdamW.
 
     Ours is in inference what :func:`dsnet.optimize` returns. Images arrive as a loader delivers
-    them, in NCHW; their conversion is part of the time. ``extend`` turns the contenders into those
-    that are timed. With ``features`` the network is a backbone, which returns its stages' maps.
-    ``exported`` names packages of ours, of :data:`.packages.PACKAGES`, that take part in inference.
+    them, in NCHW; their conversion is part of the time.
+
+    Args:
+        name: a published network.
+        batch: images per call. On a GPU inference of a few of them is checked.
+        size: of the images, (rows, columns).
+        dtype: of images and parameters.
+        training: a training step, not inference.
+        backends: ours.
+        baselines: to compare with; the device's own by default.
+        budget: seconds of timing.
+        device: where it runs.
+        timer: replaces the device's.
+        graphs: inference of each contender as the replay of a CUDA graph too.
+        until: the time of :func:`time.perf_counter` at which the row should end.
+        features: a backbone, which returns its stages' maps.
+        memory: whether each contender's peak memory is measured too.
+        exported: packages of ours, of :data:`.packages.PACKAGES`, that take part in inference.
     """
+    if baselines is None:
+        baselines = GPU_BASELINES if device.gpu else EAGER_BASELINES
+    if dtype == torch.float32:
+        # There is nothing to round to.
+        baselines = [each for each in baselines if each != AMP]
     problem = Problem.random(
         name,
         batch=batch,
@@ -58,35 +85,43 @@ def model_row(
     def build(variant: str, role: str) -> Contender:
         backend = _backend(variant, role)
         model = problem.network(backend)
-        chosen = chosen_backends(name, batch, size, dtype, backend, device)
+        chosen = chosen_backends(name, batch, size, dtype, backend, device.name)
         if role == "ours" and not training:
             model = optimize(model, backend=backend)
         return _contender(variant, role, model, problem, chosen)
 
     eager = [build(variant, "baseline") for variant in EAGER_BASELINES]
     contenders = [entry for entry in eager if entry.name in baselines]
-    contenders += [build(each, "baseline") for each in (SDPA, "compile") if each in baselines]
+    others = (AMP, SDPA, "compile")
+    contenders += [build(each, "baseline") for each in others if each in baselines]
     named = [peer for peer in peers.PEERS if peer in baselines]
-    refusals = {} if training else {peer: peers.refusal(peer, dtype, device) for peer in named}
+    refusals = {} if training else {peer: peers.refusal(peer, dtype, device.name) for peer in named}
     onnx = cache(partial(peers.reference_onnx, problem))
     taking_part = [peer for peer, reason in refusals.items() if reason is None]
     contenders += [peers.contender(peer, onnx, problem.images) for peer in taking_part]
     contenders += [build(backend, "ours") for backend in backends]
     refused = {} if training else {each: packages.refusal(each, dtype) for each in exported}
     if any(reason is None for reason in refused.values()):
-        chosen = chosen_backends(name, batch, size, dtype, "auto", device)
+        chosen = chosen_backends(name, batch, size, dtype, "auto", device.name)
         taken = [each for each, reason in refused.items() if reason is None]
         contenders += [packages.contender(each, problem, chosen) for each in taken]
+    if graphs and not training:
+        plain = [each for each in contenders if not each.compiles]
+        contenders += [_graphed(each, problem, device) for each in plain]
+    if budget is None:
+        budget = GPU_BUDGET if device.gpu else BUDGET[problem.work]
     with torch.inference_mode(not training):
         oracle = problem.oracle()
         references = [contender.values() for contender in eager]
         del eager
         return run_row(
-            extend(contenders),
+            contenders,
             partial(judge, references=references, oracle=oracle),
-            budget=BUDGET[problem.work] if budget is None else budget,
-            timer=timer,
+            budget=budget,
+            timer=timer or device.timer,
             memory=memory,
+            device=device,
+            until=until,
             kind="model",
             subject=name,
             use="backbone" if features else "image classification",
@@ -100,6 +135,7 @@ def model_row(
                 _notes(backends, baselines, (*named, *exported), refusals | refused, training)
             ),
             image=tuple(size),
+            judged=None if problem.judged is None else len(problem.judged),
         )
 
 
@@ -115,8 +151,7 @@ def chosen_backends(
     chosen: dict[str, list[str]] = {op: [] for op in dsnet_kernels.backends.OPERATIONS}
     for case in CASES:
         for stage in stages(name, batch, size):
-            inputs = make_inputs(case, stage, dtype, backward=False)
-            inputs = inputs.map(lambda value: value.to(device))
+            inputs = Inputs(case.empty(stage, dtype, device), case.constants(stage), None)
             for operation, found in explain(case, inputs, backend):
                 chosen[operation].append(found.chosen or "none")
     # An operation without a case has no kernel: the tests hold the cases to that.
@@ -142,6 +177,8 @@ def _notes(
     for backend in backends:
         if backend not in ("auto", "reference"):
             yield f"{backend}: operations without a {backend} kernel run as the reference"
+    if AMP in baselines:
+        yield "the baseline AMP has float32 weights and torch.autocast, in channels_last"
     if SDPA in baselines:
         yield "the baseline sdpa is the reference with torch's SDPA as its attention"
     for peer in named:
@@ -158,17 +195,18 @@ def _contender(
     layout = torch.contiguous_format if name == "eager_nchw" else torch.channels_last
     model = model.to(memory_format=layout)
     function: Callable[[Tensor], Outputs] = model
+    if name == AMP:
+        model = model.float()
+        function = partial(_autocast, model, images.device.type, images.dtype)
     if name == "compile":
-        torch._dynamo.reset()
-        options = None if model.training else {"freezing": True}
-        function = torch.compile(model, fullgraph=True, dynamic=False, options=options)
+        function = _compiled(model, images.device.type)
 
     def infer() -> Outputs:
         return function(images.contiguous(memory_format=layout))
 
     # Kept, as a reference's are used twice; in the layout of the timed calls, for the compiler.
     converted = images.contiguous(memory_format=layout)
-    found = cache(partial(values, function, model, converted, labels))
+    found = cache(lambda: problem.selected(values(function, model, converted, labels)))
     if not model.training:
         return Contender(name, role, infer, found, name == "compile", chosen)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
@@ -179,3 +217,33 @@ def _contender(
         optimizer.step()
 
     return Contender(name, role, step, found, name == "compile", chosen)
+
+
+def _autocast(model: nn.Module, device: str, dtype: torch.dtype, images: Tensor) -> Outputs:
+    with torch.autocast(device, dtype):
+        return model(images)
+
+
+def _compiled(model: nn.Module, device: str) -> Callable[[Tensor], Outputs]:
+    """By default with freezing on the CPU, and max-autotune on a GPU."""
+    torch._dynamo.reset()
+    if device == "cpu":
+        options = None if model.training else {"freezing": True}
+        return torch.compile(model, fullgraph=True, dynamic=False, options=options)
+    mode = "max-autotune-no-cudagraphs" if model.training else "max-autotune"
+    return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _graphed(contender: Contender, problem: Problem, device: Device) -> Contender:
+    """The contender as a CUDA graph, captured by the first call; its values are a replay's."""
+    replay = cache(lambda: device.capture(contender.call))
+
+    def call() -> Outputs:
+        return replay()()
+
+    return dataclasses.replace(
+        contender,
+        name=f"{contender.name}{GRAPH}",
+        call=call,
+        values=lambda: problem.selected(named(call())),
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from dsnet.model import create_model
 
 from .check import Check, both, check_directions, check_errors
+from .device import CPU, Device
 
 LEARNING_RATE = 1e-4
 
@@ -27,6 +29,7 @@ class Problem:
         labels: of the images, for the loss.
         training: forward, loss, backward and AdamW; else inference.
         features: the stages' maps, as a detector's backbone has them, not logits.
+        judged: indices of the images whose outputs are checked; None for all.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Problem:
     labels: Tensor
     training: bool
     features: bool
+    judged: Tensor | None = None
 
     @classmethod
     def random(
@@ -46,20 +50,23 @@ class Problem:
         dtype: torch.dtype,
         training: bool = False,
         features: bool = False,
-        device: str = "cpu",
+        device: Device = CPU,
     ) -> "Problem":
-        """The same numbers for the same arguments.
+        """The same numbers for the same arguments on the same kind of device.
 
         Raises:
             ValueError: for a backbone in training, which has no loss here.
         """
         if training and features:
             raise ValueError("features: expected False in training, got True")
-        generator = torch.Generator().manual_seed(0)
-        state = _random_state(name, features, generator)
-        images = torch.randn((batch, 3, *size), generator=generator).to(device, dtype)
-        labels = torch.randint(1000, (batch,), generator=generator).to(device)
-        return cls(name, state, images, labels, training, features)
+        generator = device.generator(0)
+        state = {key: value.to(device.name) for key, value in _random_state(name, features).items()}
+        options = {"generator": generator, "device": device.name}
+        images = torch.randn((batch, 3, *size), **options).to(dtype)
+        labels = torch.randint(1000, (batch,), **options)
+        # Batch statistics make every gradient depend on every image.
+        judged = None if training else device.judged(batch)
+        return cls(name, state, images, labels, training, features, judged)
 
     @property
     def work(self) -> str:
@@ -87,7 +94,14 @@ class Problem:
     def oracle(self) -> dict[str, Tensor]:
         """The values of the reference in float64."""
         exact = self.network("reference", torch.float64)
-        return values(exact, exact, self.images.double(), self.labels)
+        images = self.images if self.judged is None else self.images[self.judged]
+        return values(exact, exact, images.double(), self.labels)
+
+    def selected(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the images that are checked."""
+        if self.judged is None:
+            return dict(outputs)
+        return {name: value[self.judged] for name, value in outputs.items()}
 
 
 def eager_values(problem: Problem) -> list[dict[str, Tensor]]:
@@ -151,8 +165,10 @@ def _pooled(found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
     return pooled | ({"all gradients": torch.cat(gradients)} if gradients else {})
 
 
-def _random_state(name: str, features: bool, generator: torch.Generator) -> dict[str, Tensor]:
+@cache
+def _random_state(name: str, features: bool) -> dict[str, Tensor]:
     """Initial weights, with norms and statistics that are not those of a fresh network."""
+    generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = create_model(name, backend="reference", features_only=features).state_dict()

@@ -1,86 +1,30 @@
 """Rows of single operations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 import dsnet_kernels
 from dsnet_kernels import reference
 
 from .cases import Case, Function, Stage
 from .check import Check, Values, both, check_directions, check_errors
+from .device import CPU, Device
+from .inputs import BackwardInputs, Inputs, make_inputs
 from .report import Row
-from .row import BASELINES, EAGER_BASELINES, SDPA, Contender, Judge, run_row
+from .row import BASELINES, EAGER_BASELINES, GRAPH, NATIVE, SDPA, Contender, Judge, run_row
 
 BUDGET = 0.4
 """Seconds of timing per row."""
 
 DRAWS = 3
 """Random inputs that the reference's errors are taken from."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of an operation by name, and its outputs' gradients, None for the forward alone."""
-
-    tensors: Mapping[str, Tensor]
-    constants: Mapping[str, Any]
-    grads: tuple[Tensor, ...] | None
-
-    def map(self, convert: Callable[[Tensor], Tensor]) -> "Inputs":
-        """The same numbers in another layout or dtype."""
-        tensors = {name: convert(value) for name, value in self.tensors.items()}
-        grads = None if self.grads is None else tuple(map(convert, self.grads))
-        return replace(self, tensors=tensors, grads=grads)
-
-    def bind(self, function: Function) -> Callable[[], Sequence[Tensor]]:
-        """``function`` on these arguments, ready to be timed; returns outputs and gradients."""
-        function = partial(function, **self.constants)
-        if self.grads is None:
-            call = partial(function, **self.tensors)
-            return lambda: as_tuple(call())
-        leaves = {name: value.detach().requires_grad_() for name, value in self.tensors.items()}
-        wanted, grads = list(leaves.values()), self.grads
-
-        def forward_backward() -> Sequence[Tensor]:
-            outputs = as_tuple(function(**leaves))
-            return *outputs, *torch.autograd.grad(outputs, wanted, grads)
-
-        return forward_backward
-
-    def values(self, call: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
-        """What ``call`` of :meth:`bind` computes, by name."""
-        found = [value.detach() for value in call()]
-        gradients = [] if self.grads is None else [f"grad {name}" for name in self.tensors]
-        outputs = [f"out {i}" for i in range(len(found) - len(gradients))]
-        return dict(zip([*outputs, *gradients], found, strict=True))
-
-
-def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-
-def make_inputs(
-    case: Case, stage: Stage, dtype: torch.dtype, backward: bool, seed: int = 0
-) -> Inputs:
-    """Random inputs of ``case`` in ``channels_last``."""
-    tensors, constants = case.tensors(stage, dtype, seed), case.constants(stage)
-    if not backward:
-        return Inputs(tensors, constants, None)
-    function = case.function(partial(getattr, reference))
-    # For the outputs' shapes alone.
-    outputs = function(**{name: t.to("meta") for name, t in tensors.items()}, **constants)
-    generator = torch.Generator().manual_seed(seed + 1)
-    grads = (torch.randn(out.shape, generator=generator).to(dtype) for out in as_tuple(outputs))
-    return Inputs(tensors, constants, tuple(map(_channels_last, grads)))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def reference_values(case: Case, draws: Iterable[Inputs]) -> tuple[list[Values], Values]:
@@ -115,7 +59,7 @@ def judge_of(case: Case, draws: Sequence[Inputs]) -> Judge:
 
 
 def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
-    """The reference, eagerly in either layout or compiled, or a composition with torch's SDPA.
+    """The reference, eagerly in either layout or compiled, without cuDNN, or with torch's SDPA.
 
     Raises:
         ValueError: for an unknown name.
@@ -127,12 +71,22 @@ def baseline(name: str, case: Case, inputs: Inputs) -> Contender:
         function = _compiled(function, case.activations, inputs)
     elif name == SDPA:
         function = case.function(_with_sdpa)
+    elif name == NATIVE:
+        function = _native(function)
     elif name != "eager_channels_last":
         raise ValueError(f"baselines: expected {', '.join((*BASELINES, SDPA))}, got {name!r}")
     call = inputs.bind(function)
     return Contender(
         name, "baseline", call, partial(inputs.values, call), compiles=name == "compile"
     )
+
+
+def _native(function: Function) -> Function:
+    def without_cudnn(**arguments: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(**arguments)
+
+    return without_cudnn
 
 
 def ours(backend: str, case: Case, inputs: Inputs) -> Contender:
@@ -175,26 +129,53 @@ def op_row(
     baselines: Sequence[str] | None = None,
     budget: float | None = None,
     memory: bool = False,
+    device: Device = CPU,
+    graph: bool = False,
+    alone: bool = False,
+    until: float = math.inf,
 ) -> Row:
-    """Times ``case`` at ``stage``, the forward alone or forward and backward."""
-    draws = [make_inputs(case, stage, dtype, backward, seed) for seed in range(DRAWS)]
-    inputs = draws[0]
+    """Times ``case`` at ``stage``, the forward alone or forward and backward.
+
+    Args:
+        case: the operation.
+        stage: gives the shapes.
+        dtype: of activations and parameters.
+        backward: forward and backward, not the forward alone.
+        backends: ours.
+        baselines: to compare with; the case's own by default.
+        budget: seconds of timing.
+        memory: whether each contender's peak memory is measured too.
+        device: where it runs. On a GPU a few images of the batch are checked.
+        graph: every contender as the replay of a CUDA graph.
+        alone: the backward without its forward.
+        until: the time of :func:`time.perf_counter` at which the row should end.
+    """
+    inputs, draws = _draws(case, stage, dtype, backward or alone, device)
+    if alone:
+        inputs, *draws = (BackwardInputs(**vars(each)) for each in (inputs, *draws))
     leading = inputs.tensors[case.activations[0]]
-    flops, moved = case.work(stage, dtype, backward)
-    named = [name for name in baselines or case.baselines if name in case.offered]
+    flops, moved = _work(case, stage, dtype, backward, alone)
+    named = [name for name in baselines or case.baselines if name in (*case.offered, NATIVE)]
     contenders = [baseline(name, case, inputs) for name in named or case.baselines]
     contenders += [ours(name, case, inputs) for name in backends]
-    with torch.inference_mode(not backward):
+    if graph:
+        contenders = [graphed(each, inputs, device) for each in contenders]
+    # The backward of one compiled forward runs many times.
+    patches = {"donated_buffer": False} if alone else {}
+    with torch.inference_mode(not (backward or alone)), functorch_config.patch(patches):
         return run_row(
             contenders,
             judge_of(case, draws),
             budget=BUDGET if budget is None else budget,
+            timer=device.cold_timer,
+            device=device,
+            until=until,
             roof=partial(torch.empty_like(leading).copy_, leading),
             memory=memory,
             kind="op",
             subject=case.operation,
             use=f"{case.use}: {case.formula}",
-            work="forward+backward" if backward else "forward",
+            work=_direction(backward, alone) + (GRAPH if graph else ""),
             stage=stage.number,
             shape=tuple(leading.shape),
             dtype=str(dtype).removeprefix("torch."),
@@ -202,7 +183,43 @@ def op_row(
             bytes=moved,
             notes=_notes(case, inputs, backends),
             image=stage.image,
+            judged=None if inputs.judged is None else len(inputs.judged),
         )
+
+
+def _draws(
+    case: Case, stage: Stage, dtype: torch.dtype, backward: bool, device: Device
+) -> tuple[Inputs, list[Inputs]]:
+    """The timed inputs, and the draws for the check: their checked images and further ones."""
+    make = partial(make_inputs, case, dtype=dtype, backward=backward, device=device)
+    inputs = make(stage)
+    images = stage.batch if inputs.judged is None else len(inputs.judged)
+    small = dataclasses.replace(stage, batch=images)
+    return inputs, [inputs.sample(), *(make(small, seed=seed) for seed in range(1, DRAWS))]
+
+
+def _work(
+    case: Case, stage: Stage, dtype: torch.dtype, backward: bool, alone: bool
+) -> tuple[int, int]:
+    if not alone:
+        return case.work(stage, dtype, backward)
+    return case.flops(stage)[1], case.elements(stage)[1] * dtype.itemsize
+
+
+def _direction(backward: bool, alone: bool) -> str:
+    return "backward" if alone else "forward+backward" if backward else "forward"
+
+
+def graphed(contender: Contender, inputs: Inputs, device: Device) -> Contender:
+    """The contender as a CUDA graph, captured by the first call; its values are a replay's."""
+    replay = cache(lambda: device.capture(contender.call))
+
+    def call() -> object:
+        return replay()()
+
+    return dataclasses.replace(
+        contender, call=call, values=lambda: inputs.values(call), compiles=False
+    )
 
 
 def _notes(case: Case, inputs: Inputs, backends: Sequence[str]) -> tuple[str, ...]:
@@ -232,13 +249,15 @@ class _Frozen(nn.Module):
 def _compiled(function: Function, activations: Sequence[str], inputs: Inputs) -> Function:
     # Every row compiles the same code objects: without this, Dynamo's recompilation limit ends it.
     torch._dynamo.reset()
+    on_cpu = next(iter(inputs.tensors.values())).device.type == "cpu"
+    tuned = {} if on_cpu else {"mode": "max-autotune-no-cudagraphs"}
     if inputs.grads is not None:
-        return torch.compile(function, fullgraph=True, dynamic=False)
+        return torch.compile(function, fullgraph=True, dynamic=False, **tuned)
     parameters = {k: v for k, v in inputs.tensors.items() if k not in activations}
     compiled = torch.compile(
         _Frozen(partial(function, **inputs.constants), parameters).eval(),
         fullgraph=True,
         dynamic=False,
-        options={"freezing": True},
+        **(tuned or {"options": {"freezing": True}}),
     )
     return lambda **arguments: compiled({name: arguments[name] for name in activations})

@@ -12,13 +12,16 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .device import Device
 
 SCHEMA = "dsnet-bench"
-VERSION = 3
-READABLE = (1, 2, 3)
-"""Versions; the first has no roofs, and rows without image, threads and series, the first two have
-no yardstick."""
+VERSION = 4
+READABLE = (1, 2, 3, 4)
+"""Versions. The first has no roofs, and no image, threads and series of a row. The first two have
+no yardstick. The first three have no launches, judged images, shortened or missing rows."""
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -42,6 +45,7 @@ class Result:
         ratio: best baseline's time over this one's; None without a passed check.
         ratio_interval: its 95 % confidence interval.
         peak_bytes: by :func:`.memory.peak_memory`; None where it was not measured.
+        launches: kernels that a call runs on a GPU; None where they were not counted.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Result:
     ratio: float | None = None
     ratio_interval: tuple[float, float] | None = None
     peak_bytes: int | None = None
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Row:
         threads: of this row; None for those of the machine in the report.
         series: ``batch``, ``size`` or ``threads``, whichever varies along the curve that the row is
             a point of; empty for a row by itself.
+        judged: images that were checked; None for all of the batch.
+        shortened: whether the row's time ran out, so that it has fewer rounds or contenders.
     """
 
     kind: str
@@ -96,6 +103,8 @@ class Row:
     image: tuple[int, int] | None = None
     threads: int | None = None
     series: str = ""
+    judged: int | None = None
+    shortened: bool = False
 
     def result(self, name: str) -> Result | None:
         """The baseline or roof of that name."""
@@ -163,6 +172,9 @@ class Report:
         roofs: what the machine reaches.
         yardstick: seconds of one and the same work before every row and behind the last; empty
             where it was not timed.
+        cpu_share: CPU time that this work had over the wall-clock time of its threads: less than 1
+            where other programs use the cores. None on a GPU, and where it was not measured.
+        missing: titles of the rows for which there was no time.
     """
 
     machine: dict[str, Any]
@@ -174,6 +186,8 @@ class Report:
     rows: tuple[Row, ...]
     roofs: tuple[Roof, ...] = ()
     yardstick: tuple[float, ...] = ()
+    cpu_share: float | None = None
+    missing: tuple[str, ...] = ()
     schema: str = SCHEMA
     version: int = VERSION
 
@@ -210,9 +224,8 @@ class Report:
             raise ValueError(f"report: expected {SCHEMA} version {versions}, got {found}")
         rows = tuple(row_of(row) for row in fields.pop("rows"))
         roofs = tuple(Roof(**_tuples(roof)) for roof in fields.pop("roofs", ()))
-        yardstick = tuple(fields.pop("yardstick", ()))
         fields["version"] = VERSION
-        return cls(**fields, rows=rows, roofs=roofs, yardstick=yardstick)
+        return cls(**_tuples(fields), rows=rows, roofs=roofs)
 
 
 def row_of(fields: Mapping[str, Any]) -> Row:
@@ -225,8 +238,11 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Machine, versions, commit, date and command: every field of a report but the results."""
+def environment(command: str, device: "Device | None" = None) -> dict[str, Any]:
+    """Machine, versions, commit, date and command: every field of a report but the results.
+
+    ``machine["gpu"]`` holds the properties of the GPU that is measured, such as its driver.
+    """
     import torch
 
     import dsnet_kernels
@@ -236,6 +252,10 @@ def environment(command: str) -> dict[str, Any]:
     machine["cpu"] = _cpu_name()
     machine.setdefault("cpu_capability", torch.backends.cpu.get_cpu_capability())
     versions = {**facts["versions"], "python": platform.python_version()}
+    machine["device"] = "cpu"
+    if device is not None and device.gpu:
+        machine |= {"device": "gpu", "gpu": dict(device.properties or {})}
+        versions |= device.versions or {}
     return {
         "machine": machine,
         "versions": versions,
@@ -254,10 +274,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, ``-dirty`` behind it if files changed; None outside a checkout."""
+    """The checkout's commit, ``-dirty`` behind it if files changed; else the installed build's."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        from dsnet_kernels import native
+
+        return (native.build_record() or {}).get("commit")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .device import CPU, Device
 from .report import Report, Roof, Row
-from .timing import measure
 
 COPY = "copy"
 COPY_IN_CACHE = "copy in cache"
@@ -22,6 +22,10 @@ CACHE_BYTES = 256 << 10
 
 MATRIX = 1024
 """Rows and columns of the matrices multiplied."""
+
+GPU_COPY_BYTES = 2 << 30
+GPU_MATRIX = 8192
+"""The same on a GPU, large enough to fill it."""
 
 BUDGET = 1.0
 """Seconds of timing for all roofs together."""
@@ -52,16 +56,22 @@ def product(size: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], 
 
 def measure_roofs(
     dtypes: Sequence[torch.dtype],
-    timer: Callable[..., Mapping] = measure,
+    timer: Callable[..., Mapping] | None = None,
     budget: float | None = None,
+    device: Device = CPU,
 ) -> tuple[Roof, ...]:
     """The copies in float32, whose bytes are as good as any, and a product in each dtype."""
+    on_gpu = device.name != "cpu"
+    size, matrix = (GPU_COPY_BYTES, GPU_MATRIX) if on_gpu else (COPY_BYTES, MATRIX)
     calls: dict[tuple[str, torch.dtype], Callable[[], object]] = {
-        (COPY, torch.float32): copy(COPY_BYTES, torch.float32),
-        (COPY_IN_CACHE, torch.float32): copy(CACHE_BYTES, torch.float32),
+        (COPY, torch.float32): copy(size, torch.float32, device.name)
     }
-    calls |= {(PRODUCT, dtype): product(MATRIX, dtype) for dtype in dict.fromkeys(dtypes)}
-    work = {COPY: 2 * COPY_BYTES, COPY_IN_CACHE: 2 * CACHE_BYTES, PRODUCT: 2 * MATRIX**3}
+    if not on_gpu:
+        calls[COPY_IN_CACHE, torch.float32] = copy(CACHE_BYTES, torch.float32)
+    for dtype in dict.fromkeys(dtypes):
+        calls[PRODUCT, dtype] = product(matrix, dtype, device.name)
+    work = {COPY: 2 * size, COPY_IN_CACHE: 2 * CACHE_BYTES, PRODUCT: 2 * matrix**3}
+    timer = timer or device.timer
     with torch.inference_mode():
         timings = timer(calls, budget=BUDGET if budget is None else budget)
     return tuple(
@@ -70,14 +80,14 @@ def measure_roofs(
     )
 
 
-def yardstick() -> Callable[[], float]:
+def yardstick(device: Device = CPU) -> Callable[[], float]:
     """Times a product of float32 matrices, the same in each call: the median of a few."""
-    call = product(MATRIX, torch.float32)
+    call = product(MATRIX, torch.float32, device.name)
     call()
 
     def seconds() -> float:
         with torch.inference_mode():
-            timings = measure({PRODUCT: call}, budget=0, rounds=(YARDSTICK_ROUNDS,) * 2)
+            timings = device.timer({PRODUCT: call}, budget=0, rounds=(YARDSTICK_ROUNDS,) * 2)
         return timings[PRODUCT].median
 
     return seconds

@@ -1,5 +1,6 @@
 """From contenders to a row: compute, check, time in turn, compare."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .check import Check
-from .memory import peak_memory
+from .device import CPU, Device
 from .report import Result, Row
 from .timing import Timing, compare, measure
 
@@ -16,6 +17,14 @@ EAGER_BASELINES = ("eager_nchw", "eager_channels_last")
 BASELINES = (*EAGER_BASELINES, "compile")
 SDPA = "sdpa"
 """Torch's scaled_dot_product_attention, where an operation can be composed with it."""
+AMP = "eager_amp"
+"""A network with float32 weights under torch.autocast to the row's dtype, in channels_last."""
+NATIVE = "native"
+"""The reference of an operation on ATen's own kernels, without cuDNN."""
+GPU_BASELINES = ("eager_channels_last", AMP, SDPA)
+"""Baselines of a network on a GPU; compiling takes longer than all other rows together."""
+GRAPH = ", CUDA graph"
+"""Ends the name of the work, or of the contender, that is replayed as a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Contender:
     chosen: dict[str, str] = field(default_factory=dict)
 
 
+OUT_OF_TIME = "not timed: the time of its row was over"
+
 Judge = Callable[[Mapping[str, Tensor], float], Check]
 """The check of a contender's values with so much slack, as :func:`.check.check_errors` has it."""
 
@@ -54,6 +65,8 @@ def run_row(
     roof: Callable[[], object] | None = None,
     timer: Callable[..., dict] = measure,
     memory: bool = False,
+    device: Device = CPU,
+    until: float = math.inf,
     **facts: Any,
 ) -> Row:
     """Checks every contender, times those that passed in turn, and compares with the best baseline.
@@ -65,20 +78,30 @@ def run_row(
         roof: a copy of the same data, timed with the others.
         timer: :func:`.timing.measure`, or that with other settings.
         memory: whether each contender's peak memory is measured too, in a call of its own.
+        device: counts launches and measures memory.
+        until: the time of :func:`time.perf_counter` at which the row should end. Later no baseline
+            that compiles is started, and timing ends after the round under way.
         facts: the fields of the row that are known beforehand.
     """
-    entered, results = {}, {}
-    for contender in contenders:
+    entered, results = {}, {(each.role, each.name): {} for each in contenders}
+    # What takes longest to prepare comes last, where running out of time loses nothing else.
+    for contender in sorted(contenders, key=lambda each: each.compiles):
         key = (contender.role, contender.name)
+        if contender.compiles and contender.role == "baseline" and time.perf_counter() >= until:
+            results[key] = {"problem": OUT_OF_TIME}
+            continue
         results[key] = _enter(contender, judge)
         if results[key]["problem"] is None:
             entered[key] = contender.call
+            if device.gpu and (contender.role == "ours" or facts.get("kind") == "model"):
+                results[key]["launches"] = device.count_launches(contender.call)
             if memory:
-                results[key]["peak_bytes"] = peak_memory(contender.call)
+                results[key]["peak_bytes"] = device.peak_memory(contender.call)
     if roof is not None:
         entered["roof", "copy"] = roof
         results["roof", "copy"] = {}
-    timings = timer(entered, budget=budget)
+    limits = {} if until == math.inf else {"until": until}
+    timings = timer(entered, budget=budget, **limits)
 
     baselines = [key for key in timings if key[0] == "baseline"]
     best = min(baselines, key=lambda key: timings[key].median, default=None)
@@ -93,6 +116,7 @@ def run_row(
     return Row(
         **facts,
         best=best[1] if best else None,
+        shortened=time.perf_counter() >= until,
         results=tuple(Result(name, role, **fields) for (role, name), fields in results.items()),
     )
 

@@ -1,18 +1,26 @@
 """A report as aligned text of at most 120 columns."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
+from .remarks import SHARED_CORES, contention, missing, remarks
 from .report import Report, Result, Roof, Row
 from .roofs import PRODUCT, bound
+from .row import GRAPH, OUT_OF_TIME
 
 BASELINES = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager ch-last",
+    "eager_amp": "eager AMP",
+    "native": "native ATen",
     "sdpa": "SDPA",
     "compile": "compile",
     "onnxruntime": "ONNX RT",
     "openvino": "OpenVINO",
 }
+
+COLUMNS = 120
+"""A wider table has a line per contender instead."""
 
 SHORT = {"reference": "ref", "forward": "fwd", "forward+backward": "fwd+bwd"}
 
@@ -36,17 +44,38 @@ ROOF_LEGEND = (
 
 MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
 
+SHORTENED = "!"
+SHORTENED_LEGEND = f"{SHORTENED}: the row's share of --budget ran out, so it has fewer rounds."
+
 
 def render(report: Report) -> str:
     """The machine, a table per operation and one of models, notes, and failures."""
-    lines = facts(report)
+    lines = _folded(facts(report))
     for rows in grouped(report.rows):
         lines += ["", title(rows)]
-        lines += [f"  {use}" for use in uses(rows)]
-        lines += aligned(cells(rows, report))
-        lines += [f"  {line}" for line in remarks(rows)]
-    lines += ["", *legend(report)]
+        lines += _folded([f"  {use}" for use in uses(rows)])
+        table = aligned(cells(rows, report))
+        if max(map(len, table)) > COLUMNS:
+            table = aligned(_by_contender(rows, report))
+        lines += table
+        lines += _folded([f"  {line}" for line in remarks(rows)])
+    lines += ["", *legend(report), *_folded(missing(report))]
     return "\n".join(lines) + "\n"
+
+
+def _folded(lines: Iterable[str]) -> list[str]:
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(
+            line,
+            COLUMNS,
+            initial_indent=" " * (len(line) - len(line.lstrip())),
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -62,7 +91,11 @@ def uses(rows: Sequence[Row]) -> list[str]:
 
 def cells(rows: Sequence[Row], report: Report) -> list[list[str]]:
     """A table, its heading first, of :func:`grouped` rows."""
-    return _op_table(rows, report) if rows[0].kind == "op" else _model_table(rows, report.drift)
+    if rows[0].kind == "op":
+        return _op_table(rows, report)
+    if report.machine.get("device") == "gpu":
+        return _by_contender(rows, report)
+    return _model_table(rows, report.drift)
 
 
 def legend(report: Report) -> list[str]:
@@ -70,12 +103,20 @@ def legend(report: Report) -> list[str]:
     lines = list(ROOF_LEGEND if report.roofs else COPY_LEGEND)
     if any(map(_has_memory, report.rows)):
         lines.append(MEMORY_LEGEND)
+    if any(row.shortened for row in report.rows):
+        lines.append(SHORTENED_LEGEND)
     return lines
 
 
 def heading(report: Report) -> Iterable[str]:
     """Where, with what, when and by which command."""
     machine, versions = report.machine, report.versions
+    if machine.get("device") == "gpu":
+        gpu = machine["gpu"]
+        yield (
+            f"{gpu['name']}, compute capability {gpu['capability']},"
+            f" driver {gpu['driver'] or 'unknown'}"
+        )
     yield (
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['cores']} cores,"
         f" threads: {machine['threads']}"
@@ -89,7 +130,25 @@ def facts(report: Report) -> list[str]:
     """The heading, the roofs and the drift where there are any."""
     roofs = [f"roofs: {', '.join(map(_roof, report.roofs))}"] if report.roofs else []
     drift = f"drift: ±{report.drift:.0%}, of a matrix product before every row"
-    return [*heading(report), *roofs, *([drift] if report.yardstick else [])]
+    shared = report.cpu_share is not None and report.cpu_share < SHARED_CORES
+    return [
+        *heading(report),
+        *roofs,
+        *([drift] if report.yardstick else []),
+        *([contention(report.cpu_share)] if shared else []),
+    ]
+
+
+def row_line(row: Row) -> str:
+    """The fastest of ours in a row, in a few words."""
+    timed = [result for result in row.ours() if result.median is not None]
+    if not timed:
+        return "failed"
+    ours = min(timed, key=lambda result: result.median)
+    line = f"{digits(ours.median * 1e3)} ms"
+    if ours.ratio is not None:
+        line += f", {_ratio(ours).split(' ')[0]} vs {BASELINES.get(row.best, row.best)}"
+    return line + (", out of time" if row.shortened else "")
 
 
 def _roof(roof: Roof) -> str:
@@ -113,7 +172,7 @@ def _op_table(rows: Sequence[Row], report: Report) -> list[list[str]]:
     share = "of roof" if report.roofs else "of copy"
     table = [[*head, "ours", "backend", "vs best", *columns, "GB/s", share, "check"]]
     for row in rows:
-        lead = [f"{row.stage} {row.use.split(':')[0]}", _shape(row), SHORT[row.work]]
+        lead = [f"{row.stage} {row.use.split(':')[0]}", _shape(row), _work(row)]
         for result in row.ours():
             bandwidth = row.bandwidth(result)
             rate = "-" if bandwidth is None else f"{bandwidth / 1e9:.1f}"
@@ -142,7 +201,7 @@ def _model_table(rows: Sequence[Row], drift: float) -> list[list[str]]:
     columns = ["MB best", "ours"] if memory else []
     table = [[*head, "ours", "backend", "vs best", *columns, "images/s", "check"]]
     for row in rows:
-        work = "backbone" if row.use == "backbone" else row.work
+        work = _model_work(row)
         threads = f", {row.threads} threads" if row.threads else ""
         for result in row.ours():
             rate = "-" if result.problem else f"{row.shape[0] / result.median:.1f}"
@@ -151,6 +210,57 @@ def _model_table(rows: Sequence[Row], drift: float) -> list[list[str]]:
             shape = f"{_shape(row)}{threads}"
             table.append([work, shape, *times, *peaks, rate, _check(result)])
     return table
+
+
+def _by_contender(rows: Sequence[Row], report: Report) -> list[list[str]]:
+    """A line per contender, however many there are."""
+    of_ops, memory = rows[0].kind == "op", any(map(_has_memory, rows))
+    counted = any(result.launches is not None for row in rows for result in row.results)
+    head = ["stage", "shape", "pass"] if of_ops else ["work", "images"]
+    rates = ["GB/s", "of roof" if report.roofs else "of copy"] if of_ops else ["images/s"]
+    extra = [*(["MB"] if memory else []), *(["launches"] if counted else [])]
+    table = [[*head, "contender", "ms", "vs best", *rates, *extra, "check"]]
+    for row in rows:
+        lead = [f"{row.stage} {row.use.split(':')[0]}"] if of_ops else [_model_work(row)]
+        threads = f", {row.threads} threads" if row.threads else ""
+        lead += [f"{_shape(row)}{threads}", *([_work(row)] if of_ops else [])]
+        for result in row.results:
+            if result.role == "roof":
+                continue
+            is_best = result.role == "baseline" and result.name == row.best
+            cells = [_label(result), time_of(result, is_best, report.drift), _ratio(result)]
+            if of_ops:
+                rate = row.bandwidth(result)
+                cells += ["-" if rate is None else f"{rate / 1e9:.1f}"]
+                cells += [_of_roof(row, result, report)]
+            else:
+                cells += [f"{row.shape[0] / result.median:.1f}" if result.median else "-"]
+            cells += [_megabytes(result)] if memory else []
+            cells += ["-" if result.launches is None else str(result.launches)] if counted else []
+            table.append([*lead, *cells, _check(result)])
+            lead = [""] * len(lead)
+    return table
+
+
+def _label(result: Result) -> str:
+    """The contender's name, whether it is ours, and that it is a CUDA graph."""
+    plain = result.name.removesuffix(GRAPH)
+    graph = ", graph" if plain != result.name else ""
+    if result.role == "ours":
+        return f"ours, {plain}{graph}"
+    return BASELINES.get(plain, plain) + graph
+
+
+def _work(row: Row) -> str:
+    """The pass, shortened, whether it is a CUDA graph, and whether its time ran out."""
+    work = row.work.removesuffix(GRAPH)
+    graph = " graph" if work != row.work else ""
+    return f"{SHORT.get(work, work)}{graph}{SHORTENED if row.shortened else ''}"
+
+
+def _model_work(row: Row) -> str:
+    work = "backbone" if row.use == "backbone" else row.work
+    return f"{work}{SHORTENED if row.shortened else ''}"
 
 
 def _times(row: Row, names: Sequence[str], ours: Result, drift: float) -> list[str]:
@@ -172,7 +282,7 @@ def time_of(result: Result | None, best: bool = False, drift: float = 0.0) -> st
     if result is None:
         return "-"
     if result.median is None:
-        return "failed"
+        return "no time" if result.problem == OUT_OF_TIME else "failed"
     first, third = result.quartiles
     spread = (third - first) / 2 / result.median + drift
     return f"{digits(result.median * 1e3)} ±{spread:.0%}{'*' if best else ' '}"
@@ -213,8 +323,8 @@ def _ratio(result: Result) -> str:
 
 def _check(result: Result) -> str:
     if result.problem is not None:
-        return "FAILED"
-    return f"{result.error:.2f}"
+        return "-" if result.problem == OUT_OF_TIME else "FAILED"
+    return "-" if result.error is None else f"{result.error:.2f}"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -228,32 +338,3 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append(" ".join(padded).rstrip())
     return lines
-
-
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """Compile times, which backend ran what, notes and problems, each once."""
-    lines = []
-    compiled = [r.compile_seconds for row in rows for r in row.results if r.compile_seconds]
-    if compiled:
-        lines.append(
-            f"compile time, not in the table: {sum(compiled):.0f} s in all,"
-            f" {min(compiled):.1f} to {max(compiled):.1f} s per row"
-        )
-    for row in rows:
-        lines += row.notes
-        for result in row.results:
-            if row.kind == "model" and result.role == "ours":
-                lines.append(f"{result.name} runs {by_backend(result.chosen)}")
-            if result.problem is not None:
-                name = f"{'ours ' if result.role == 'ours' else ''}{result.name}"
-                place = f"stage {row.stage}" if row.kind == "op" else f"{row.shape[0]} images"
-                lines.append(f"{name}, {place}, {row.work}: {result.problem}")
-    return list(dict.fromkeys(lines))
-
-
-def by_backend(chosen: dict[str, str]) -> str:
-    """Which operations each backend runs."""
-    backends: dict[str, list[str]] = {}
-    for operation, name in chosen.items():
-        backends.setdefault(name, []).append(operation)
-    return "; ".join(f"{', '.join(ops)} on {name}" for name, ops in backends.items())

@@ -58,6 +58,7 @@ def measure(
     budget: float,
     min_sample: float = MIN_SAMPLE,
     rounds: tuple[int, int] | None = None,
+    until: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
     sample: Sample | None = None,
 ) -> dict[str, Timing]:
@@ -72,6 +73,7 @@ def measure(
         min_sample: seconds that one sample lasts at least.
         rounds: the fewest and the most, by default :data:`MIN_ROUNDS` and :data:`MAX_ROUNDS`; the
             fewest hold whatever the budget.
+        until: the clock's time after which no further round starts; one round is always taken.
         clock: returns seconds.
         sample: measures otherwise than by ``clock``, which then rules the budget alone.
 
@@ -87,6 +89,8 @@ def measure(
     start = clock()
     for index in range(most):
         if index >= fewest and clock() - start >= budget:
+            break
+        if index >= 1 and clock() >= until:
             break
         for name in turn(list(calls), index):
             samples[name].append(sample(calls[name], repeats[name]))

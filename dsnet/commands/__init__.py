@@ -37,6 +37,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def seconds(text: str) -> float:
+    """An argument type: a positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return value
+
+
 def image_size(text: str) -> tuple[int, int]:
     """An argument type: ``224`` or ``800x1333`` as (rows, columns)."""
     parts = text.lower().replace("×", "x").split("x")

@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=at_least(1), default=8, help="images run at once (default 8)"
     )
-    parser.add_argument("--device", default="cpu", help="such as cpu or cuda:0 (default cpu)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 or auto (default), which is the GPU where torch sees one",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     parser.add_argument(
         "--backend",
@@ -136,20 +140,18 @@ def _model(args: argparse.Namespace) -> "OptimizedDSNet":
     """The network that was asked for, optimised for inference."""
     import torch
 
+    from ..devices import resolve
     from ..model import create_model
     from ..optimize import optimize
 
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: a torch without that device
-        raise ValueError(f"--device: cannot use {args.device!r}: {error}") from error
+    device = resolve(args.device)
     if args.weights:
         from ..checkpoint import read_checkpoint
 
         checkpoint = read_checkpoint(args.weights)
         # A network of no published variant is refused by build, which names what it expected.
         name = args.model or checkpoint.variant or " or ".join(list_models())
-        model = checkpoint.build(name, device=args.device)
+        model = checkpoint.build(name, device=device)
         if model.num_classes == 0:
             raise ValueError(
                 f"{args.weights}: expected a network with a classifier, got one without"
@@ -158,7 +160,7 @@ def _model(args: argparse.Namespace) -> "OptimizedDSNet":
         print(f"{args.prog}: random weights: the predictions mean nothing", file=sys.stderr)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(SEED)
-            model = create_model(args.model or list_models()[0]).to(args.device)
+            model = create_model(args.model or list_models()[0]).to(device)
     else:
         raise ValueError(
             "expected --weights FILE: without weights the predictions would be random"

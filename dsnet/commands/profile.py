@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default float32)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default a GPU where there is one)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 or auto (default), which is the GPU where torch sees one",
+    )
     parser.add_argument(
         "--training", action="store_true", help="forward, loss and backward, not inference"
     )
@@ -58,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import report
     from ..bench.profile import Profile, profile, render
     from ..bench.session import use_threads
+    from ..devices import resolve
 
     _check_files(args)
-    device = _device(args.device)
+    device = resolve(args.device)
     start = time.monotonic()
     with use_threads(args.threads):
         environment = report.environment(shlex.join(["dsnet", *args.argv]))
@@ -102,15 +107,3 @@ def _check_files(args: argparse.Namespace) -> None:
     from ..bench.profile.plot import matplotlib
 
     matplotlib()
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: a torch without that device
-        raise ValueError(f"--device: cannot use {name!r}: {error}") from error
-    return name

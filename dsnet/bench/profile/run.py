@@ -14,6 +14,7 @@ from dsnet.optimize import optimize
 from .. import models, networks
 from ..cases import stages
 from ..check import Check
+from ..device import Device
 from ..timing import Timing, compare, measure
 from .counts import Counts, Launches, published_macs
 from .products import Count
@@ -56,7 +57,7 @@ def profile(
         The fields of a :class:`Profile` but for the environment.
     """
     problem = networks.Problem.random(
-        name, batch=batch, size=size, dtype=dtype, training=training, device=device
+        name, batch=batch, size=size, dtype=dtype, training=training, device=Device(name=device)
     )
     images, labels = problem.images, problem.labels
     reference, ours = problem.network("reference"), problem.network("auto")

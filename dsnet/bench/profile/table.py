@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from ..table import aligned, by_backend, digits, heading
+from ..remarks import by_backend
+from ..table import aligned, digits, heading
 from .report import Part, Profile, Side
 
 SHORT = {
