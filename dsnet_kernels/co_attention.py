@@ -103,7 +103,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
-        loses={"cpu": _cpu_loses, "sdpa": _sdpa_loses},
+        loses={"triton": triton.loses, "cpu": _cpu_loses, "sdpa": _sdpa_loses},
     )
 )
 

@@ -58,6 +58,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
+        loses={"triton": triton.loses},
     )
 )
 

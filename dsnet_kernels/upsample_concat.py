@@ -47,6 +47,7 @@ OPERATION = register(
             "cuda": native.cuda_refusal,
         },
         can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
+        loses={"triton": triton.loses},
     )
 )
 
