@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dsnet_kernels import backends
 
 from .block import DSBlock
-from .model import DSNet
+from .model import DSNet, DSNetFeatures
 from .optimized import Optimized, OptimizedBlock, OptimizedDSNet, PatchEmbedding
-from .optimized.fold import ChannelAffine, constant_affine, wide
+from .optimized.fold import ChannelAffine, constant_affine, rounded, wide
 from .optimized.network import folded_classifier
 
 
@@ -23,6 +23,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     backend: str | Sequence[str] | None = None,
     strict: bool = False,
+    graphs: int = 8,
 ) -> Optimized:
     """``model`` for inference: the same call, the same results but for rounding.
 
@@ -47,20 +48,21 @@ def optimize(
         strict: raise where an operation would run on the reference on the parameters' device. Each
             block is tried at once on its smallest input; what depends on other shapes raises in the
             call. The backends are then those of now, whatever is in force later.
+        graphs: CUDA graphs that each DSNet in the model keeps at most; 0 turns them off.
 
     Returns:
         A module in evaluation mode for good, without gradients of parameters; copies and pickles
-        as any other. ``original_state_dict()`` is that of ``model``, a copy kept on the CPU. A
-        DSNet's ``forward`` on a GPU runs through CUDA graphs under ``torch.no_grad`` or
-        ``torch.inference_mode``, outside autocast and compilation: the second call with a shape
-        captures, and the eight last used ones are kept, each with memory of its own. Hooks on
-        blocks do not fire, nor, within a graph, do others.
+        as any other. ``original_state_dict()`` is that of ``model``, a copy kept on the CPU. The
+        ``forward`` of a DSNet, alone or within another module, runs on a GPU through CUDA graphs
+        under ``torch.no_grad`` or ``torch.inference_mode``, outside autocast and compilation. The
+        second call with a shape captures, ``warm_up(shapes)`` does so before; the last used ones
+        are kept. Hooks on blocks do not fire, nor, within a graph, do others.
 
     Raises:
         TypeError: for a model that is no module, a norm that is no BatchNorm, a block with a
             forward of its own, or a wrong dtype.
-        ValueError: for a model without DSBlocks, without data or without running statistics, or
-            for an unknown backend.
+        ValueError: for a model without DSBlocks, without data or without running statistics, for
+            an unknown backend or a negative ``graphs``.
         dsnet_kernels.BackendUnavailable: with ``strict``, naming block, operation and reasons.
     """
     if not isinstance(model, nn.Module):
@@ -76,21 +78,52 @@ def optimize(
         _check_dtype(dtype, {tensor.device.type for tensor in tensors})
     if backend is not None:
         backends._normalise(backend, "backend")
+    if not isinstance(graphs, int) or graphs < 0:
+        raise ValueError(f"graphs: expected a count, 0 for none, got {graphs!r}")
     # Outside inference mode, whose tensors autograd would refuse later.
     with torch.inference_mode(False), torch.no_grad():
         source = copy.deepcopy(model).eval()
         blocks = _optimized_blocks(source, dtype, backend, strict)
         original = _host_copy(model.state_dict())
-        if not isinstance(source, DSNet):
-            return Optimized(_replaced(source, dtype, blocks, backend), original)
-        classifier = folded_classifier(source, dtype)
-        network = _replaced(source, dtype, blocks, backend)
-        return OptimizedDSNet(network, original, classifier)
+        # Before their norms go.
+        classifiers = {
+            name: folded_classifier(network, dtype) for name, network in _networks(source)
+        }
+        module = _replaced(source, dtype, blocks, backend)
+        if isinstance(module, DSNet):
+            kept = graphs if "" in classifiers else 0
+            return OptimizedDSNet(module, original, classifiers.get(""), kept)
+        made: dict[nn.Module, OptimizedDSNet] = {}
+        for name, classifier in classifiers.items():
+            network = module.get_submodule(name)
+            if network not in made:
+                state = _below(name, original)
+                made[network] = OptimizedDSNet(network, state, classifier, graphs)
+            module.set_submodule(name, made[network])
+        return Optimized(module, original)
+
+
+def _networks(source: nn.Module) -> list[tuple[str, DSNet]]:
+    """The DSNets in ``source``, by every name, whose forward is our own: image to tensors."""
+    return [
+        (name, network)
+        for name, network in source.named_modules(remove_duplicate=False)
+        if isinstance(network, DSNet)
+        and type(network).forward in (DSNet.forward, DSNetFeatures.forward)
+    ]
+
+
+def _below(name: str, state: "OrderedDict[str, Any]") -> "OrderedDict[str, Any]":
+    """The part of ``state`` that belongs to the module of that name."""
+    prefix = f"{name}."
+    return OrderedDict(
+        (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
+    )
 
 
 def _check_dtype(dtype: torch.dtype, devices: set[str]) -> None:
     known = [torch.float32, torch.float64, torch.bfloat16]
-    if devices == {"cuda"}:
+    if "cpu" not in devices:
         known.append(torch.float16)
     if dtype not in known:
         names = ", ".join(str(each).removeprefix("torch.") for each in known)
@@ -160,8 +193,9 @@ def _replaced(
         if isinstance(network, DSNet) and not isinstance(network.norm, nn.Identity):
             name = f"{name}.norm" if name else "norm"
             affine = constant_affine(network.norm, name)
-            width = wide(next(network.stages.parameters()).dtype if dtype is None else dtype)
-            replacements[name] = ChannelAffine(*(each.to(width) for each in affine))
+            weight = next(network.stages.parameters())
+            width = wide(weight.dtype if dtype is None else dtype)
+            replacements[name] = ChannelAffine(*(rounded(each, width, weight) for each in affine))
     if "" in replacements:
         return replacements[""]
     # In place, also of what the replacements share with it.

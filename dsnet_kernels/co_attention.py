@@ -87,8 +87,12 @@ def _sdpa_loses(local: Tensor, global_: Tensor, **_) -> str | None:
     return None
 
 
-def _gpu_loses(local: Tensor, global_: Tensor, **_) -> str | None:
+def _cuda_loses(local: Tensor, global_: Tensor, **_) -> str | None:
     return native.tf32_loss(local, "matmul")
+
+
+def _triton_loses(local: Tensor, global_: Tensor, **_) -> str | None:
+    return triton.loses() or native.tf32_loss(local, "matmul")
 
 
 OPERATION = register(
@@ -109,8 +113,8 @@ OPERATION = register(
         },
         loses={
             "cpu": _cpu_loses,
-            "triton": _gpu_loses,
-            "cuda": _gpu_loses,
+            "triton": _triton_loses,
+            "cuda": _cuda_loses,
             "sdpa": _sdpa_loses,
         },
     )

@@ -28,6 +28,7 @@ OPERATION = register(
             "triton": triton.can_run,
             "cuda": native.cuda_can_run,
         },
+        loses={"triton": triton.loses},
     )
 )
 

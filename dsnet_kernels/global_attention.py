@@ -42,8 +42,12 @@ def _sdpa_can_run(x: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     return None
 
 
-def _gpu_loses(x: Tensor, **_) -> str | None:
+def _cuda_loses(x: Tensor, **_) -> str | None:
     return native.tf32_loss(x, "matmul")
+
+
+def _triton_loses(x: Tensor, **_) -> str | None:
+    return triton.loses() or native.tf32_loss(x, "matmul")
 
 
 OPERATION = register(
@@ -62,7 +66,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
-        loses={"triton": _gpu_loses, "cuda": _gpu_loses},
+        loses={"triton": _triton_loses, "cuda": _cuda_loses},
     )
 )
 

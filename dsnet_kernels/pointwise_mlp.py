@@ -41,7 +41,7 @@ FUSED_WIDTH = 128
 
 
 def _triton_loses(x: Tensor, fc1_weight: Tensor) -> str | None:
-    return native.tf32_loss(x, "conv")
+    return triton.loses() or native.tf32_loss(x, "conv")
 
 
 def _cuda_loses(x: Tensor, fc1_weight: Tensor) -> str | None:

@@ -37,8 +37,12 @@ def _triton_can_run(local: Tensor, global_: Tensor) -> str | None:
     return triton.can_run(local, "local") or _kernel_refusal(local, global_)
 
 
-def _gpu_loses(local: Tensor, global_: Tensor) -> str | None:
+def _cuda_loses(local: Tensor, global_: Tensor) -> str | None:
     return native.tf32_loss(local, "conv")
+
+
+def _triton_loses(local: Tensor, global_: Tensor) -> str | None:
+    return triton.loses() or native.tf32_loss(local, "conv")
 
 
 OPERATION = register(
@@ -51,7 +55,7 @@ OPERATION = register(
             "cuda": native.cuda_refusal,
         },
         can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
-        loses={"triton": _gpu_loses, "cuda": _gpu_loses},
+        loses={"triton": _triton_loses, "cuda": _cuda_loses},
     )
 )
 

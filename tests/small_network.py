@@ -11,8 +11,8 @@ from dsnet.model import DSNet
 from dsnet.variants import Variant
 from dsnet_kernels import backends
 
-SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4))
-"""Its heads have 16 channels, so that both attentions run on the kernels."""
+SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
+"""Its heads have 8 channels, the fewest that the kernels of both attentions take."""
 
 
 def small(cls=DSNet, dtype=torch.float64, variant=SMALL, **kwargs):

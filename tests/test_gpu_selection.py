@@ -1,7 +1,10 @@
 """Which GPUs, drivers and platforms ``auto`` gives to which backend; no GPU is needed."""
 
 import json
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +130,24 @@ def test_versions_are_read_from_the_library_once(monkeypatch):
     monkeypatch.setattr(native.ctypes, "CDLL", Library)
     assert [native.cuda_versions() for _ in range(3)] == [(12080, 13000)] * 3
     assert calls == [str(native.CUDA.path)]
+
+
+RUNTIME = """
+extern "C" int cudaDriverGetVersion(int* version) { *version = 12080; return 0; }
+extern "C" int cudaRuntimeGetVersion(int* version) { *version = 13010; return 0; }
+"""
+
+
+def test_versions_come_from_the_function_of_the_bindings(monkeypatch, tmp_path):
+    source = Path(__file__).resolve().parents[1] / "csrc/bindings/cuda/versions.cpp"
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    library = tmp_path / "library.so"
+    sources = [str(source), str(tmp_path / "runtime.cpp")]
+    options = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(library)]
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, *sources, *options], check=True)
+    monkeypatch.setattr(native, "CUDA", replace(native.CUDA, path=library))
+    assert native.cuda_versions() == (12080, 13010)
 
 
 @pytest.mark.parametrize("status", [0, 3, None])

@@ -168,7 +168,7 @@ def test_forward_is_the_chain_of_its_parts():
 def test_head_follows_features_and_pre_logits_stop_before_it():
     model, x = small(), images()
     features = model.forward_features(x)
-    assert features.shape == (2, 32, 2, 2)
+    assert features.shape == (2, 64, 2, 2)
     pooled = model.forward_head(features, pre_logits=True)
     torch.testing.assert_close(pooled, features.mean((2, 3)))
     assert torch.equal(model.forward_head(features), model.head(pooled))
@@ -176,7 +176,7 @@ def test_head_follows_features_and_pre_logits_stop_before_it():
 
 
 def test_head_dropout_acts_in_training_only():
-    model, features = small(drop_rate=0.5), torch.ones(1, 32, 2, 2).double()
+    model, features = small(drop_rate=0.5), torch.ones(1, 64, 2, 2).double()
     assert model.forward_head(features, pre_logits=True).eq(1).all()
     torch.manual_seed(0)
     assert set(model.train().forward_head(features, pre_logits=True).unique().tolist()) == {0, 2}

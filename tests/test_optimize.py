@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 import torch
-from small_network import SMALL, images, randomise, small
+from small_network import SMALL, backends_chosen, images, randomise, small
 from torch import nn
 
 import dsnet
 from dsnet.model import DSNet, DSNetFeatures
 from dsnet.optimized import Optimized, OptimizedBlock
 from dsnet.optimized.fold import constant_affine, fold_into_linear
+from dsnet_kernels import native
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -44,6 +45,13 @@ def assert_same_state(got, expected):
 
 
 # Results
+
+
+def test_small_networks_run_the_kernels():
+    model, x = network(), images()
+    chosen = set(backends_chosen(model, x))
+    assert chosen == ({"cpu"} if native.CPU.refusal is None else {"sdpa", "reference"})
+    assert set(backends_chosen(dsnet.optimize(model), x)) == chosen
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -155,9 +163,9 @@ def test_network_without_a_classifier_or_pooling(classes):
 
 def test_another_head_keeps_its_own_forward():
     model, x = network(), images()
-    model.head = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    model.head = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
-    model.head = nn.Linear(32, 3, bias=False).double()
+    model.head = nn.Linear(64, 3, bias=False).double()
     assert relative(dsnet.optimize(model)(x), model(x)) < 1e-10
 
 
@@ -166,7 +174,7 @@ def test_backbone_keeps_its_maps_and_what_describes_them():
     optimized = dsnet.optimize(model)
     for got, expected in zip(optimized(x), model(x), strict=True):
         assert relative(got, expected) < 1e-10
-    assert optimized.feature_info.channels() == [16, 32]
+    assert optimized.feature_info.channels() == [32, 64]
 
 
 def test_sync_and_frozen_norms_are_folded_too():
@@ -281,8 +289,8 @@ class Detector(nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = small(DSNetFeatures, dtype=None, out_indices=(2, 3))
-        self.norm = nn.BatchNorm2d(32)
-        self.levels = nn.ModuleList([dsnet.DSBlock(32, 4, 1)])
+        self.norm = nn.BatchNorm2d(64)
+        self.levels = nn.ModuleList([dsnet.DSBlock(64, 4, 1)])
         self.last = self.levels[0]
 
     def forward(self, x, factor=1.0):

@@ -92,7 +92,7 @@ def batch_statistics():
 
 def another_norm():
     model = network()
-    model.stages[1].blocks[0].norm = nn.GroupNorm(1, 16)
+    model.stages[1].blocks[0].norm = nn.GroupNorm(1, 32)
     return model
 
 
@@ -126,6 +126,12 @@ def test_wrong_dtypes_are_refused(dtype):
 def test_wrong_backends_are_refused(backend, strict):
     with pytest.raises(ValueError, match="backend: expected one or more of auto, reference, "):
         dsnet.optimize(network(), backend=backend, strict=strict)
+
+
+@pytest.mark.parametrize("graphs", [-1, 1.5, None])
+def test_wrong_counts_of_graphs_are_refused(graphs):
+    with pytest.raises(ValueError, match="graphs: expected a count, 0 for none, got"):
+        dsnet.optimize(network(), graphs=graphs)
 
 
 @pytest.mark.parametrize("inner", [False, True])

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from small_network import images, randomise, small
+from small_network import backends_chosen, images, randomise, small
+from torch import nn
 
 import dsnet
 import dsnet_kernels
@@ -14,11 +16,15 @@ from dsnet.optimized.graphs import GraphCache
 
 
 class Recorder:
-    """In the place of CudaGraphs: notes captures and replays, which call the function."""
+    """In the place of CudaGraphs: notes captures and replays, which call the function.
+
+    As a graph does, a replay reads the memory of the parameters that were captured.
+    """
 
     def __init__(self):
-        self.captured, self.replayed = [], []
+        self.captured, self.replayed, self.pools = [], [], []
         self.current_stream, self.available = 0, True
+        self.error = None
 
     def can_capture(self, x):
         return self.available
@@ -26,14 +32,31 @@ class Recorder:
     def stream(self, x):
         return self.current_stream
 
-    def capture(self, function, x):
+    def pool(self, x):
+        return f"pool {len(self.captured)} of stream {self.current_stream}"
+
+    def capture(self, function, x, pool):
+        if self.error is not None:
+            raise self.error
         self.captured.append(tuple(x.shape))
+        self.pools.append(pool)
+        captured = [] if self.watched is None else [p.detach() for p in self.watched.parameters()]
 
         def replay(x):
             self.replayed.append(tuple(x.shape))
-            return function(x)
+            if self.watched is None:
+                return function(x)
+            names = [name for name, _ in self.watched.named_parameters()]
+            graph = copy.deepcopy(self.watched)
+            for name, memory in zip(names, captured, strict=True):
+                owner, _, leaf = name.rpartition(".")
+                setattr(graph.get_submodule(owner), leaf, nn.Parameter(memory, False))
+            return graph._forward(x)
 
         return replay
+
+    watched = None
+    """An optimised network, whose replays compute with the memory that was captured."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +79,25 @@ def double(x):
     return 2 * x
 
 
+NOTHING = nn.Identity()
+"""A module without parameters, which ``double`` reads."""
+
+
+def batch(size, dtype=torch.float32):
+    return torch.arange(float(size), dtype=dtype).view(1, 1, 1, size)
+
+
 def call(cache, size, times=2):
-    x = torch.arange(float(size))
+    x = batch(size)
     for _ in range(times):
-        assert torch.equal(cache.run(double, x), 2 * x)
+        assert torch.equal(cache.run(double, x, NOTHING), 2 * x)
 
 
 def test_the_second_call_of_a_shape_captures_and_later_ones_replay(cache, cuda):
     call(cache, 3, times=1)
     assert (cuda.captured, cuda.replayed, len(cache)) == ([], [], 0)
     call(cache, 3, times=3)
-    assert (cuda.captured, cuda.replayed, len(cache)) == ([(3,)], [(3,)] * 3, 1)
+    assert (cuda.captured, cuda.replayed, len(cache)) == ([(1, 1, 1, 3)], [(1, 1, 1, 3)] * 3, 1)
 
 
 def test_the_least_recently_used_graph_leaves(cache, cuda):
@@ -74,12 +105,12 @@ def test_the_least_recently_used_graph_leaves(cache, cuda):
     call(cache, 2)
     call(cache, 1, times=1)
     call(cache, 3)
-    assert cuda.captured == [(1,), (2,), (3,)]
+    assert cuda.captured == [(1, 1, 1, n) for n in (1, 2, 3)]
     assert len(cache) == 2
     call(cache, 1, times=1)
-    assert cuda.captured == [(1,), (2,), (3,)]
+    assert cuda.captured == [(1, 1, 1, n) for n in (1, 2, 3)]
     call(cache, 2)
-    assert cuda.captured == [(1,), (2,), (3,), (2,)]
+    assert cuda.captured == [(1, 1, 1, n) for n in (1, 2, 3, 2)]
     assert len(cache) == 2
 
 
@@ -90,30 +121,43 @@ def test_changing_shapes_never_capture(cache, cuda):
 
 
 def test_dtype_stream_and_backend_have_graphs_of_their_own(cuda):
-    cache, x = GraphCache(limit=8, cuda=cuda), torch.ones(3)
+    cache, x = GraphCache(limit=8, cuda=cuda), batch(3)
     for _ in range(2):
-        cache.run(double, x)
-        cache.run(double, x.double())
+        cache.run(double, x, NOTHING)
+        cache.run(double, x.double(), NOTHING)
         with dsnet_kernels.backend("reference"):
-            cache.run(double, x)
+            cache.run(double, x, NOTHING)
         cuda.current_stream = 7
-        cache.run(double, x)
+        cache.run(double, x, NOTHING)
         cuda.current_stream = 0
     assert len(cuda.captured) == len(cache) == 4
 
 
+def test_graphs_of_a_stream_share_a_pool_which_ends_with_its_last_graph(cache, cuda):
+    call(cache, 1)
+    call(cache, 2)
+    cuda.current_stream = 7
+    call(cache, 3)
+    assert cuda.pools == ["pool 0 of stream 0", "pool 0 of stream 0", "pool 2 of stream 7"]
+    call(cache, 4)
+    cuda.current_stream = 0
+    call(cache, 1)
+    assert cuda.pools[3:] == ["pool 2 of stream 7", "pool 4 of stream 0"]
+
+
 def test_no_graph_where_it_would_be_wrong(cache, cuda):
-    x = torch.ones(3)
+    x = batch(3)
     for _ in range(3):
         with torch.enable_grad():
-            cache.run(double, x)
+            cache.run(double, x, NOTHING)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cache.run(double, x)
-        cache.run(double, torch.ones(0))
-        cache.run(double, torch.nn.Parameter(x))
-        torch.compile(lambda x: cache.run(double, x), fullgraph=True, backend="eager")(x)
+            cache.run(double, x, NOTHING)
+        cache.run(double, batch(0), NOTHING)
+        cache.run(double, x[0], NOTHING)
+        cache.run(double, torch.nn.Parameter(x), NOTHING)
+        torch.compile(lambda x: cache.run(double, x, NOTHING), fullgraph=True, backend="eager")(x)
         cuda.available = False
-        cache.run(double, x)
+        cache.run(double, x, NOTHING)
         cuda.available = True
     assert (cuda.captured, len(cache)) == ([], 0)
     cache.limit = 0
@@ -130,27 +174,168 @@ def test_copies_start_without_graphs(duplicate, cache):
     assert len(cache) == 1
 
 
-def test_a_failed_capture_is_told_and_tried_again(cache, cuda, monkeypatch):
+def test_a_failed_capture_is_told_once_and_not_tried_again(cache, cuda):
     call(cache, 3, times=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(cuda, "capture", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            call(cache, 3, times=1)
-    call(cache, 3, times=1)
-    assert cuda.captured == [(3,)]
+    cuda.error = RuntimeError("CUDA out of memory.\nmore")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call(cache, 3, times=3)
+        call(cache, 4, times=3)
+    (message,) = (str(warning.message) for warning in told)
+    assert message.startswith("no CUDA graph of (1, 1, 1, 3), its calls run without: CUDA out of")
+    assert "more" not in message
+    cuda.error = None
+    call(cache, 3)
+    assert (cuda.captured, len(cache)) == ([], 0)
+    call(cache, 5)
+    assert cuda.captured == [(1, 1, 1, 5)]
+
+
+# Networks
+
+
+def optimised(cuda, limit=2, **kwargs):
+    """An optimised network with parameters that all count, and its graphs stood in for."""
+    model = dsnet.optimize(randomise(small(**kwargs)))
+    model.graphs = GraphCache(limit=limit, cuda=cuda)
+    cuda.watched = model
+    return model
+
+
+def expected(model, x):
+    """What the parameters of now give, without a graph."""
+    twin = copy.deepcopy(model)
+    twin.graphs.limit = 0
+    return twin(x)
 
 
 def test_network_runs_through_its_cache_until_it_moves(cuda):
-    model, x = small(), images()
-    optimized = dsnet.optimize(model)
-    optimized.graphs = GraphCache(limit=2, cuda=cuda)
+    optimized, x = optimised(cuda), images(32, 32)
     for _ in range(2):
-        torch.testing.assert_close(optimized(x), model(x), rtol=1e-10, atol=1e-10)
-    assert cuda.captured == [(2, 3, 64, 64)]
+        assert torch.equal(optimized(x), expected(optimized, x))
+    assert cuda.captured == [(2, 3, 32, 32)]
     optimized.forward_features(x)
     assert len(cuda.replayed) == 1
     optimized.to(torch.float32)
     assert len(optimized.graphs) == 0
+
+
+def replaced_parameter(model):
+    weight = model.module.stages[0].blocks[0].fuse
+    weight.weight = nn.Parameter(2 * weight.weight, requires_grad=False)
+
+
+def new_data(model):
+    weight = model.module.stages[0].blocks[0].fuse.weight
+    weight.data = 2 * weight.data
+
+
+def moved_inside(model):
+    model.module.float().double()
+
+
+def moved_stage(model):
+    model.module.stages[0].float().double()
+
+
+def replaced_module(model):
+    mlp = copy.deepcopy(model.module.stages[1].blocks[0].mlp)
+    mlp.fc1_bias.mul_(2)
+    model.module.stages[1].blocks[0].mlp = mlp
+
+
+@pytest.mark.parametrize(
+    "change", [replaced_parameter, new_data, moved_inside, moved_stage, replaced_module]
+)
+def test_a_graph_is_not_replayed_with_parameters_that_left(cuda, change):
+    optimized, x = optimised(cuda), images(32, 32)
+    optimized(x)
+    optimized(x)
+    change(optimized)
+    now = expected(optimized, x)
+    for _ in range(3):
+        assert torch.equal(optimized(x), now)
+    assert len(cuda.captured) == 2
+
+
+def test_values_changed_in_place_are_read_by_the_graph(cuda):
+    optimized, x = optimised(cuda), images(32, 32)
+    optimized(x)
+    optimized(x)
+    optimized.module.stages[0].blocks[0].fuse.weight.mul_(2)
+    assert torch.equal(optimized(x), expected(optimized, x))
+    assert len(cuda.captured) == 1
+
+
+def test_a_functional_call_has_graphs_of_its_own_parameters(cuda):
+    optimized, x = optimised(cuda), images(32, 32)
+    own = dict(optimized.named_parameters())
+    other = {name: 1.5 * parameter for name, parameter in own.items()}
+    optimized(x)
+    before = optimized(x)
+    results = [torch.func.functional_call(optimized, other, x) for _ in range(2)]
+    assert not torch.allclose(results[0], before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(optimized(x), before)
+    assert len(cuda.captured) == len(optimized.graphs) == 2
+
+
+def test_a_wrong_image_is_the_network_s_error_every_time(cuda):
+    optimized = optimised(cuda)
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\)"):
+            optimized(images(32, 32)[0])
+
+
+def test_warm_up_captures_each_shape(cuda):
+    optimized = optimised(cuda)
+    assert optimized.warm_up([(1, 3, 32, 32), (2, 3, 32, 32)]) is optimized
+    assert cuda.captured == [(1, 3, 32, 32), (2, 3, 32, 32)]
+    x = images(32, 32)
+    assert torch.equal(optimized(x), expected(optimized, x))
+    assert len(cuda.captured) == 2
+    with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\)"):
+        optimized.warm_up([(1, 4, 32, 32)])
+
+
+@pytest.mark.parametrize("graphs", [0, 3])
+def test_the_bound_is_an_argument(graphs):
+    assert dsnet.optimize(small(), graphs=graphs).graphs.limit == graphs
+
+
+def test_networks_within_other_modules_have_graphs(cuda):
+    backbone = randomise(small(DSNetFeatures, out_indices=(1, 3)))
+    model = nn.ModuleDict({"backbone": backbone, "same": backbone, "net": randomise(small())})
+    model.forward = lambda x: (model["backbone"](x), model["net"](x))
+    x = images(32, 32)
+    maps, logits = model(x)
+    optimized = dsnet.optimize(model, graphs=3).module
+    assert optimized["same"] is optimized["backbone"]
+    for name in ("backbone", "net"):
+        assert optimized[name].graphs.limit == 3
+        optimized[name].graphs = GraphCache(limit=3, cuda=cuda)
+        assert list(optimized[name].original_state_dict()) == list(model[name].state_dict())
+    assert optimized["backbone"].feature_info.channels() == [32, 64]
+    for _ in range(3):
+        for got, map_ in zip(optimized["backbone"](x), maps, strict=True):
+            torch.testing.assert_close(got, map_, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(optimized["net"](x), logits, rtol=1e-9, atol=1e-9)
+    assert cuda.captured == [(2, 3, 32, 32)] * 2
+    optimized.float()
+    assert len(optimized["net"].graphs) == 0
+
+
+class Doubled(dsnet.DSNet):
+    def forward(self, x):
+        return {"logits": 2 * super().forward(x)}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
+def test_a_network_with_a_forward_of_its_own_keeps_it_without_graphs(cuda, wrap):
+    model, x = wrap(randomise(small(Doubled, num_classes=7))), images(32, 32)
+    optimized = dsnet.optimize(model)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-9, atol=1e-9)
+    assert not hasattr(optimized, "graphs") or optimized.graphs.limit == 0
 
 
 def test_networks_capture_only_where_there_is_a_gpu():
@@ -165,6 +350,8 @@ def test_networks_capture_only_where_there_is_a_gpu():
 
 def on_gpu(cls, dtype, **kwargs):
     model = randomise(small(cls, **kwargs)).to("cuda", torch.float32)
+    chosen = set(backends_chosen(copy.deepcopy(model).to(dtype), images().to("cuda", dtype)))
+    assert dtype == torch.float32 or chosen <= {"cuda", "triton"}
     return model, dsnet.optimize(model, dtype=dtype)
 
 

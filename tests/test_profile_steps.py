@@ -1,5 +1,7 @@
 """``dsnet profile``: steps seen from outside, and their times."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_network import SMALL, small
@@ -53,7 +55,9 @@ def test_steps_come_in_the_order_of_the_network(optimized):
 
 @pytest.mark.skipif(not NATIVE, reason="the native libraries are not built")
 def test_heads_that_a_whole_block_does_not_take_run_step_by_step():
-    model = dsnet.optimize(small(dtype=torch.float32))
+    # Heads of 4 channels.
+    variant = replace(SMALL, num_heads=(2, 4, 6, 8))
+    model = dsnet.optimize(small(dtype=torch.float32, variant=variant))
     watch = Recorder()
     with torch.no_grad():
         run.run(model, torch.randn(1, 3, 32, 32), None, watch)

@@ -40,7 +40,18 @@ RESOURCES = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": 
 
 SIZES = {"tokens", "threshold", "rows", "slots", "pixels", "height", "width"}
 SIZES |= {"coarse_height", "coarse_width", "size", "coarse", "inner", "images", "splits"}
-SIZES |= {"global_tokens"}
+SIZES |= {
+    "global_tokens",
+    "heads",
+    "channels",
+    "local_width",
+    "weight_stride",
+    "outputs",
+    "groups",
+    "m_stride",
+    "m_group",
+}
+SIZES |= {f"{of}_{what}" for of in ("x", "y", "out") for what in ("stride", "group")}
 FLOATS = ("eps", "scale", "keep_scale", "factor")
 
 Resources = dict[str, int]
@@ -70,13 +81,10 @@ def cases() -> Iterator[Case]:
             yield from _depthwise(dtype, kind, channels)
         yield from _depthwise(dtype, kind, 64, unaligned=True)
     yield from _depthwise(torch.bfloat16, "bf16", 64, affine=False)
-    yield Case(
-        "depthwise_conv3x3_sum_slots",
-        depthwise.depthwise_conv3x3_sum_slots,
-        {"partials": "fp32", "sums": "fp32"},
-        depthwise.SUM_BLOCK,
-        depthwise.OPTIONS,
-    )
+    launch = depthwise.sum_slots_launch(12 * 64)
+    pointers = {"partials": "fp32", "sums": "fp32"}
+    constants = launch.constants
+    yield Case(launch.kernel.fn.__name__, launch.kernel, pointers, constants, launch.options)
     for dtype, kind in TYPES.items():
         yield from _attention(dtype, kind, heads=8)
     for heads in (1, 5):
@@ -152,11 +160,7 @@ def _launched(
 def _upsample(dtype: torch.dtype, kind: str, width: int) -> Iterator[Case]:
     """What 64 images of 28×28 pixels with as many local as global channels take."""
     p = upsample.Problem(64, (28, 28), (7, 7), width, width, 2 * width, dtype)
-    local, out, mixed = (
-        products.Columns(torch.empty(shape, device="meta"))
-        for shape in ((64, 28, 28, width), (64, 28, 28, 2 * width), (64, 7, 7, 2 * width))
-    )
-    matrices = products.Matrices(torch.empty(0, device="meta"), (1, 2 * width))
+    local, mixed = (width, width, 0), (2 * width, 2 * width, 0)
     suffix = f"{kind} C={2 * width}"
     streams = dict.fromkeys(("local", "residual", "out"), kind)
     yield _launched(upsample.forward_launch(p), suffix, streams)
@@ -165,9 +169,9 @@ def _upsample(dtype: torch.dtype, kind: str, width: int) -> Iterator[Case]:
             upsample.adjoint_launch(p.pixels, p.channels), f"{suffix} from {x}", {"x": x}
         )
     absent = ("bias", "weights", "residual")
-    launch = products.rows_launch(out, matrices, local, dtype)
+    launch = products.rows_launch(p.pixels, 1, mixed, (1, 2 * width, 0), local, dtype)
     yield _launched(launch, suffix, {"x": kind, "out": kind}, absent)
-    launch, _ = products.transposed_launch(mixed, local, mixed, dtype)
+    launch, _ = products.transposed_launch(64 * 49, 1, mixed, local, 0, dtype)
     yield _launched(launch, suffix, {"y": kind})
 
 
@@ -234,31 +238,23 @@ def _depthwise(
     pack = depthwise.pack_of(channels)
     stride_pack = 1 if unaligned else pack
     folds = depthwise.folds(dtype, "shift" if affine else None)
-    packs = {"RESIDUAL": True, "FOLD": folds, "PACK": pack, "STRIDE_PACK": stride_pack}
-    for kernel, launch, activations in (
+    for flags, tiles, activations in (
         (
-            depthwise.depthwise_conv3x3_forward,
+            {"RESIDUAL": True, "FOLD": folds},
             depthwise.forward_launch(shape, dtype),
             ("x", "out"),
         ),
-        (
-            depthwise.depthwise_conv3x3_backward,
-            depthwise.backward_launch(shape),
-            ("x", "grad", "grad_x"),
-        ),
+        ({"RESIDUAL": True}, depthwise.backward_launch(shape), ("x", "grad", "grad_x")),
     ):
-        names = set(kernel.arg_names)
+        launch = depthwise.kernel_launch(tiles, pack, stride_pack, **flags)
+        names = set(launch.kernel.arg_names)
         pointers = present | dict.fromkeys(activations, kind) | {"partials": "fp32"}
-        blocks = {
-            "BLOCK_COLUMNS": launch.block_columns,
-            "BLOCK_CHANNELS": launch.block_channels,
-        }
         yield Case(
-            f"{kernel.fn.__name__} {suffix}",
-            kernel,
+            f"{launch.kernel.fn.__name__} {suffix}",
+            launch.kernel,
             {name: value for name, value in pointers.items() if name in names},
-            {name: value for name, value in (absent | packs | blocks).items() if name in names},
-            depthwise.OPTIONS | {"maxnreg": depthwise.registers_for(launch, pack, stride_pack)},
+            {name: value for name, value in absent.items() if name in names} | launch.constants,
+            launch.options,
             ("x", "grad") if unaligned else (),
         )
 

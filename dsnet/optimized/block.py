@@ -10,7 +10,7 @@ import dsnet_kernels as kernels
 from dsnet_kernels import packed
 
 from ..block import DSBlock
-from .fold import ChannelAffine, Constants, constant_affine, fold_into_linear, wide
+from .fold import ChannelAffine, Constants, constant_affine, fold_into_linear, rounded, wide
 
 INFERENCE_ONLY = (
     "an optimised model is for inference only, its norms are folded;"
@@ -71,7 +71,7 @@ class OptimizedBlock(nn.Module):
 
         split, first = block.split, self.global_dim
         weight, bias = fold_into_linear(block.norm, f"{name}.norm", split.weight, split.bias, dtype)
-        bias = bias.to(dtype)
+        bias = rounded(bias, dtype, weight)
         self.split_global = Constants(weight=weight[:first], bias=bias[:first])
         self.split_local = Constants(weight=weight[first:], bias=bias[first:])
 
@@ -80,7 +80,7 @@ class OptimizedBlock(nn.Module):
             source = block.local_conv
             self.local_conv = _of_layers(dtype, conv=source.conv)
             affine = constant_affine(source.norm, f"{name}.local_conv.norm")
-            self.local_affine = ChannelAffine(*(each.to(accurate) for each in affine))
+            self.local_affine = ChannelAffine(*(rounded(each, accurate, weight) for each in affine))
 
         self.attention = None
         if block.attention is not None:
@@ -101,7 +101,9 @@ class OptimizedBlock(nn.Module):
                 global_proj=source.global_proj,
             )
             affine = constant_affine(source.local_norm, f"{name}.co_attention.local_norm")
-            self.co_attention_affine = ChannelAffine(*(each.to(accurate) for each in affine))
+            self.co_attention_affine = ChannelAffine(
+                *(rounded(each, accurate, weight) for each in affine)
+            )
 
         weight, bias = block.fuse.weight.flatten(1), block.fuse.bias
         self.fuse = Constants(weight=weight.to(dtype), bias=bias.to(dtype))
@@ -111,7 +113,7 @@ class OptimizedBlock(nn.Module):
         )
         self.mlp = Constants(
             fc1_weight=weight,
-            fc1_bias=bias.to(accurate),
+            fc1_bias=rounded(bias, accurate, weight),
             fc2_weight=fc2.weight.to(dtype),
             fc2_bias=fc2.bias.to(dtype),
         )

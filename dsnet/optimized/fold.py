@@ -1,5 +1,7 @@
 """BatchNorm in evaluation as constants, in float64."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,8 @@ from ..norm import batch_norm_affine
 
 def constant_affine(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """(s, t) with norm(x) = s·x + t: s = weight / √(var + eps), t = bias − mean·s, in float64.
+
+    Both are on the CPU: Apple's GPUs and some of Intel's have no float64.
 
     Raises:
         TypeError: if ``norm``, called ``name``, is no BatchNorm.
@@ -19,7 +23,7 @@ def constant_affine(norm: nn.Module, name: str) -> tuple[Tensor, Tensor]:
             " which normalises by each batch's own"
         )
     try:
-        return batch_norm_affine(norm.eval(), torch.empty(0, dtype=torch.float64))
+        return batch_norm_affine(_on_cpu(norm).eval(), torch.empty(0, dtype=torch.float64))
     except TypeError as error:
         raise TypeError(f"model: cannot fold {name}: {error}") from None
 
@@ -30,7 +34,7 @@ def fold_into_linear(
     """W' = W·diag(s), rounded to ``dtype``, and b' with W'·x + b' = W·norm(x) + b.
 
     b' = b + W·t + (W·diag(s) − W')·mean, in float64: its last term takes the rounding of W' back
-    where x is at the running mean.
+    where x is at the running mean. W' is on the device of W, b' on the CPU.
 
     Args:
         norm: BN(x) = s·x + t, called ``name``.
@@ -42,10 +46,35 @@ def fold_into_linear(
         TypeError, ValueError: as :func:`constant_affine`.
     """
     scale, shift = constant_affine(norm, name)
-    matrix = weight.flatten(1).double()
+    matrix = _exact(weight).flatten(1)
     folded = (matrix * scale).to(dtype)
-    moved = matrix @ shift + (matrix * scale - folded.double()) @ norm.running_mean.double()
-    return folded.view_as(weight), moved if bias is None else bias.double() + moved
+    moved = matrix @ shift + (matrix * scale - folded.double()) @ _exact(norm.running_mean)
+    moved = moved if bias is None else _exact(bias) + moved
+    return folded.view(weight.shape).to(weight.device), moved
+
+
+def _on_cpu(norm: nn.Module) -> nn.Module:
+    """``norm`` with copies of its tensors there; the norm itself where they are there already."""
+    mean = getattr(norm, "running_mean", None)
+    if mean is None or mean.device.type == "cpu":
+        return norm
+    twin = copy.copy(norm)
+    for group in ("_parameters", "_buffers"):
+        tensors = {
+            name: None if tensor is None else tensor.detach().cpu()
+            for name, tensor in getattr(norm, group).items()
+        }
+        setattr(twin, group, tensors)
+    return twin
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, beside: Tensor) -> Tensor:
+    """``exact`` in ``dtype``, on the device of ``beside``."""
+    return exact.to(dtype).to(beside.device)
 
 
 class Constants(nn.Module):

@@ -1,12 +1,14 @@
 """CUDA graphs of a function of one image batch, kept by shape."""
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dsnet_kernels as kernels
 
@@ -28,16 +30,25 @@ class CudaGraphs:
         """The stream that a call on x runs on."""
         return torch.cuda.current_stream(x.device).cuda_stream
 
-    def capture(self, function: Function, x: Tensor) -> Function:
+    def pool(self, x: Tensor) -> Any:
+        """Memory for the graphs of one stream, and the stream to capture on.
+
+        The allocator shares memory among captures on one stream alone.
+        """
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device)
+
+    def capture(self, function: Function, x: Tensor, pool: Any) -> Function:
         """A replay of ``function`` for other values in x's place.
 
         The input is copied into a buffer that the graph reads, in channels_last, and the output
-        cloned from what it writes.
+        cloned from what it writes. Graphs of one pool overwrite each other's intermediate values,
+        so that their replays must not overlap.
         """
+        handle, side = pool
         # An inference tensor could not be written to outside inference mode.
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             buffer = torch.empty_like(x, memory_format=torch.channels_last)
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            current = torch.cuda.current_stream()
             buffer.copy_(x)
             side.wait_stream(current)
             with torch.cuda.stream(side):
@@ -46,7 +57,9 @@ class CudaGraphs:
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # The default stream of captures is one of the process's first device.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=handle, stream=side, capture_error_mode="thread_local"
+            ):
                 result = function(buffer)
 
         def replay(x: Tensor) -> Output:
@@ -57,12 +70,51 @@ class CudaGraphs:
         return replay
 
 
+class Addresses:
+    """Where the parameters and buffers of a module lie, read anew at every call.
+
+    A graph reads what lay there when it was captured: values may change in place, but another
+    tensor, or another module in its place, is at another address.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._children: list[tuple[dict, dict]] = []
+        self._tensors: list[dict] = []
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters and buffers, in the order of the modules."""
+        # Walking the modules takes ten times as long as comparing what was found last time.
+        if not self._children or any(now != before for now, before in self._children):
+            modules = list(self._module.modules())
+            self._children = [(each._modules, dict(each._modules)) for each in modules]
+            self._tensors = [d for each in modules for d in (each._parameters, each._buffers) if d]
+        return [t for d in self._tensors for t in d.values() if t is not None]
+
+    def read(self) -> tuple[int, ...]:
+        """The address of each."""
+        return tuple(map(Tensor.data_ptr, self.tensors()))
+
+
+@dataclass
+class _Graph:
+    """One kind of call: its replay once it is captured, and the memory of its stream's graphs."""
+
+    place: tuple[torch.device, int]
+    replay: Function | None = None
+    pool: Any = None
+    failed: bool = False
+
+
 class GraphCache:
-    """Runs a function through graphs, one for each shape, dtype, device, stream and backend.
+    """Runs a function through graphs, one for each shape, dtype, device, stream, backend and
+    address of what it reads.
 
     The first call of a kind runs as it is, so that a single one pays for no graph, the second
-    captures. Without graphs run all calls where gradients may be wanted, under autocast, while
-    compiling or tracing, and where ``cuda`` cannot capture. Copies and pickles start without any.
+    captures. The graphs of a stream share their memory. A capture that fails is told once, in a
+    RuntimeWarning, and calls of its kind run without a graph from then on. Without graphs run all
+    calls where gradients may be wanted, under autocast, while compiling or tracing, on what is no
+    batch of images, and where ``cuda`` cannot capture. Copies and pickles start without any.
 
     Args:
         limit: kinds kept; the least recently used one leaves. 0 turns capturing off.
@@ -72,11 +124,13 @@ class GraphCache:
     def __init__(self, limit: int = 8, cuda: CudaGraphs | None = None) -> None:
         self.limit = limit
         self._cuda = CudaGraphs() if cuda is None else cuda
-        self._replays: OrderedDict[tuple, Function | None] = OrderedDict()
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._addresses: Addresses | None = None
+        self._warned = False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return sum(replay is not None for replay in self._replays.values())
+        return sum(graph.replay is not None for graph in self._graphs.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "cuda": self._cuda}
@@ -86,36 +140,63 @@ class GraphCache:
 
     def clear(self) -> None:
         """Lets all graphs go, such as before their parameters move."""
-        self._replays.clear()
+        self._graphs.clear()
 
-    def run(self, function: Function, x: Tensor) -> Output:
-        """``function(x)``; the function has to be the same in every call."""
+    def run(self, function: Function, x: Tensor, module: nn.Module) -> Output:
+        """``function(x)``, which reads parameters and buffers of ``module``.
+
+        Both have to be the same in every call.
+        """
         if not self._applies(x):
             return function(x)
-        key = (x.shape, x.dtype, x.device, self._cuda.stream(x), kernels.current_backend())
+        if self._addresses is None:
+            self._addresses = Addresses(module)
+        place = (x.device, self._cuda.stream(x))
+        key = (*place, x.shape, x.dtype, kernels.current_backend(), self._addresses.read())
         # Replays of a graph share its buffers.
         with self._lock:
-            replay = self._replay(key, function, x)
+            replay = self._replay(key, place, function, x)
             if replay is not None:
                 return replay(x)
         return function(x)
 
-    def _replay(self, key: tuple, function: Function, x: Tensor) -> Function | None:
+    def _replay(
+        self, key: tuple, place: tuple[torch.device, int], function: Function, x: Tensor
+    ) -> Function | None:
         """The graph of this kind of call, captured in the second one; None in the first."""
-        if key not in self._replays:
-            while len(self._replays) >= self.limit:
-                self._replays.popitem(last=False)
-            self._replays[key] = None
+        if key not in self._graphs:
+            while len(self._graphs) >= self.limit:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = _Graph(place)
             return None
-        self._replays.move_to_end(key)
-        if self._replays[key] is None:
-            self._replays[key] = self._cuda.capture(function, x)
-        return self._replays[key]
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        if graph.replay is None and not graph.failed:
+            try:
+                # A pool ends with its last graph.
+                pools = (each.pool for each in self._graphs.values() if each.place == place)
+                graph.pool = next(filter(None, pools), None) or self._cuda.pool(x)
+                graph.replay = self._cuda.capture(function, x, graph.pool)
+            except Exception as error:  # A service goes on without graphs, out of memory or not.
+                graph.failed, graph.pool = True, None
+                self._warn(x, error)
+        return graph.replay
+
+    def _warn(self, x: Tensor, error: Exception) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"no CUDA graph of {tuple(x.shape)}, its calls run without: {first}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _applies(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
             return False
         # Subclasses are fakes and such, whose values no graph computes.
-        if self.limit < 1 or type(x) is not Tensor or x.numel() == 0:
+        if self.limit < 1 or type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:
             return False
         return not torch.is_autocast_enabled(x.device.type) and self._cuda.can_capture(x)

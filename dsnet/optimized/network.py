@@ -2,15 +2,18 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsnet_kernels import triton
+
 from ..model import DSNet
 from .block import INFERENCE_ONLY
-from .fold import Constants, fold_into_linear
+from .fold import Constants, fold_into_linear, rounded
 from .graphs import GraphCache
 
 
@@ -56,7 +59,7 @@ def folded_classifier(network: DSNet, dtype: torch.dtype | None) -> Constants | 
         return None
     dtype = head.weight.dtype if dtype is None else dtype
     weight, bias = fold_into_linear(network.norm, "norm", head.weight, head.bias, dtype)
-    return Constants(weight=weight, bias=bias.to(dtype))
+    return Constants(weight=weight, bias=rounded(bias, dtype, weight))
 
 
 class OptimizedDSNet(Optimized):
@@ -64,10 +67,16 @@ class OptimizedDSNet(Optimized):
 
     Head: W·(s·mean(x) + t) + b = (W·diag(s))·mean(x) + (b + W·t), the mean over the pixels, which
     the norm commutes with. On a GPU ``forward`` runs through CUDA graphs where no gradient can be
-    wanted; ``graphs.limit = 0`` turns them off.
+    wanted.
 
     Beside ``forward`` there are ``forward_features``, ``forward_head`` and
     ``forward_intermediates``, and attributes such as ``feature_info``, as DSNet's.
+
+    Args:
+        module: as of :class:`Optimized`.
+        original: likewise.
+        classifier: the folded head, or None.
+        graphs: CUDA graphs kept at most; 0 turns them off.
     """
 
     def __init__(
@@ -75,19 +84,46 @@ class OptimizedDSNet(Optimized):
         module: nn.Module,
         original: "OrderedDict[str, Any]",
         classifier: Constants | None,
+        graphs: int = 8,
     ) -> None:
         super().__init__(module, original)
-        self.graphs = GraphCache()
+        self.graphs = GraphCache(graphs)
         self.classifier = classifier
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        return self.graphs.run(self._forward, x)
+        return self.graphs.run(self._forward, x, self)
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.classifier is None:
             return self.module(x)
         return F.linear(self.module.forward_stages(x).mean(dim=(2, 3)), *self.classifier.tensors())
+
+    def warm_up(self, shapes: Iterable[Sequence[int]]) -> "OptimizedDSNet":
+        """Prepares calls with images of these shapes, such as ``[(1, 3, 224, 224)]``.
+
+        Everything that a first call compiles or packs is made; on a GPU the Triton kernels are
+        compiled many at a time, and a CUDA graph of each shape is captured for the current stream.
+
+        Args:
+            shapes: of the images, (B, C, H, W); their dtype and device are those of the network.
+
+        Returns:
+            The network itself.
+
+        Raises:
+            ValueError: for a shape that the network does not take.
+        """
+        weight = self.module.stages[0].embed.weight
+        with torch.inference_mode():
+            batches = [weight.new_zeros(tuple(shape)) for shape in shapes]
+            if weight.is_cuda:
+                triton.compile_in_parallel(lambda: [self._forward(x) for x in batches])
+            for x in batches:
+                # The second call of a shape captures.
+                self(x)
+                self(x)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name in ("reset_classifier", "prune_intermediate_layers", "set_grad_checkpointing"):

@@ -4,6 +4,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,18 +24,43 @@ devices = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _compiler_refusal() -> str | None:
+    """Why Triton cannot build what loads and launches its kernels, which is written in C."""
+    if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
+        return None
+    nvidia = importlib.import_module("triton.backends.nvidia.driver")
+    if hasattr(nvidia, "make_launcher"):  # Up to Triton 3.6 each kernel has a launcher of its own.
+        return "triton finds no C compiler: it looks for gcc and clang on PATH, and for CC"
+    return None
+
+
 @functools.cache
 def _import_refusal() -> str | None:
+    # A broken installation must not break the other backends.
     try:
         importlib.import_module("triton.language")
-    except Exception as error:  # A broken installation must not break the other backends.
-        return f"triton does not import: {str(error).splitlines()[0] or type(error).__name__}"
-    return None
+    except Exception as error:
+        return f"triton does not import: {_first_line(error)}"
+    if INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        # Built at the first use, and read from Triton's cache afterwards.
+        importlib.import_module("triton.runtime").driver.active  # noqa: B018
+        return _compiler_refusal()
+    except Exception as error:
+        return f"triton does not find or build its driver: {_first_line(error)}"
 
 
 @native.constant_when_traced
 def import_refusal() -> str | None:
-    """Why Triton does not import, or None; imports it."""
+    """Why Triton does not import, or on a machine with a GPU not build its driver, or None.
+
+    Imports it and makes the driver.
+    """
     return _import_refusal()
 
 
@@ -57,6 +84,36 @@ def can_run(x: Tensor, name: str = "x") -> str | None:
     return import_refusal() if reason is None else reason
 
 
+def loses(*tensors: Tensor, **options: object) -> str | None:
+    """Why ``"auto"`` passes over kernels that could run, or None."""
+    if torch.version.hip is not None:
+        return "no Triton kernel of ours has been tested on an AMD GPU; name the backend to try it"
+    return None
+
+
+def compile_in_parallel(function: Callable[[], object], threads: int | None = None) -> int:
+    """Compiles all Triton kernels that ``function()`` launches, many at a time.
+
+    ``function`` runs once and launches none of them, so that its results have no meaning; torch's
+    own kernels run. Afterwards the same calls in this process find their kernels compiled, and
+    those of other processes find them in Triton's cache.
+
+    Args:
+        function: for instance a network's forward, with a backward or without.
+        threads: how many compile at a time; None is one for each of the machine's cores.
+
+    Returns:
+        How many variants were compiled or read from Triton's cache; 0 without Triton.
+
+    Raises:
+        Exception: what a compilation raised.
+    """
+    if REFUSAL is not None or INTERPRETED or import_refusal() is not None:
+        return 0
+    compiling = importlib.import_module(".compiling", __name__)
+    return compiling.compile_in_parallel(function, threads)
+
+
 def implement(
     operation: str,
     keys: tuple[str, ...] = ("CPU", "CUDA") if INTERPRETED else ("CUDA",),
@@ -67,6 +124,7 @@ def implement(
     The file is imported at the first call. ``keys`` are the dispatch keys that take the kernels.
     """
 
+    @functools.cache
     def kernels():
         return importlib.import_module(f".{operation}", __name__)
 

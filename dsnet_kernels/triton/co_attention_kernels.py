@@ -293,29 +293,31 @@ def co_attention_to_global(
     tl.store(p_statistics + 2 * rows, b_kept, mask=m_m & (i_c == 0))
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "global_tokens"])
+@triton.jit(do_not_specialize=["heads", "width", "rows", "splits", "global_tokens"])
 def co_attention_combine(
-    partial,  # (splits, T, WIDTH)
+    partial,  # (splits, T, width)
     statistics,  # (splits, 3, T)
-    out,  # (T, WIDTH)
+    out,  # (T, width)
     kept,  # (T): the sum of a row's weights after dropout
     softmax,  # (B, h, M, 2): maximum, sum
     rows,  # T = B·M·h
     splits,
     global_tokens,  # M
     keep_scale,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    heads,
+    width,  # in units of PACK elements
+    PACK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """What the splits have left, in their order."""
-    CHUNKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
-    i_c = tl.program_id(0) % CHUNKS * BLOCK_D
-    o_t = (tl.program_id(0) // CHUNKS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    width *= PACK
+    chunks = tl.cdiv(width, BLOCK_D)
+    i_c = tl.program_id(0) % chunks * BLOCK_D
+    o_t = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = i_c + tl.arange(0, BLOCK_D)
     m_t = o_t < rows
-    m = m_t[:, None] & (o_c < WIDTH)[None, :]
+    m = m_t[:, None] & (o_c < width)[None, :]
     rows = rows.to(tl.int64)
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     for i in range(splits):
@@ -328,13 +330,13 @@ def co_attention_combine(
         b_decay = tl.exp(tl.load(p_statistics, mask=m_t, other=0) - b_max)
         b_sum += tl.load(p_statistics + rows, mask=m_t, other=1) * b_decay
         b_kept += tl.load(p_statistics + 2 * rows, mask=m_t, other=0) * b_decay
-        p_partial = partial + (i * rows + o_t)[:, None] * WIDTH + o_c[None, :]
+        p_partial = partial + (i * rows + o_t)[:, None] * width + o_c[None, :]
         b_out += tl.load(p_partial, mask=m, other=0) * b_decay[:, None]
     b_factor = keep_scale / b_sum
-    tl.store(out + o_t[:, None] * WIDTH + o_c[None, :], b_out * b_factor[:, None], mask=m)
+    tl.store(out + o_t[:, None] * width + o_c[None, :], b_out * b_factor[:, None], mask=m)
     m_t = m_t & (i_c == 0)
     tl.store(kept + o_t, b_kept * b_factor, mask=m_t)
-    o_row = o_t // HEADS // global_tokens * HEADS + o_t % HEADS
-    p_softmax = softmax + (o_row * global_tokens + o_t // HEADS % global_tokens) * 2
+    o_row = o_t // heads // global_tokens * heads + o_t % heads
+    p_softmax = softmax + (o_row * global_tokens + o_t // heads % global_tokens) * 2
     tl.store(p_softmax, b_max, mask=m_t)
     tl.store(p_softmax + 1, b_sum, mask=m_t)

@@ -17,7 +17,7 @@ from .co_attention_kernels import (
     co_attention_to_global,
     co_attention_to_local,
 )
-from .launch import MULTIPROCESSORS, Launch, block
+from .launch import MULTIPROCESSORS, Launch, block, cached, in_packs
 from .norm_linear import NormLinear
 
 SPLITS = 32
@@ -99,18 +99,29 @@ class Problem:
 
 
 def _local_launch(
-    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, stages: int
+    p: Problem,
+    kernel: Any,
+    tile: tuple[int, int, int],
+    warps: int,
+    stages: int,
+    **constants: int,
 ) -> Launch:
     block_n, block_m, block_d = tile
     chunks = triton.cdiv(p.width, block_d)
     programs = p.batch * p.heads // p.summed_heads * triton.cdiv(p.tokens, block_n) * chunks
     blocks = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    constants = p.constants | p.of_output | blocks
+    constants = p.constants | p.of_output | blocks | constants
     return Launch(kernel, programs, constants, warps, stages, REGISTERS)
 
 
 def _global_launch(
-    p: Problem, kernel: Any, tile: tuple[int, int, int], warps: int, stages: int, chunks: int = 0
+    p: Problem,
+    kernel: Any,
+    tile: tuple[int, int, int],
+    warps: int,
+    stages: int,
+    chunks: int = 0,
+    **constants: int,
 ) -> tuple[Launch, int]:
     """With the number of splits: two programs for each multiprocessor, but no empty split."""
     block_n, block_m, block_d = tile
@@ -119,7 +130,8 @@ def _global_launch(
     blocks = triton.cdiv(p.tokens, block_n)
     wanted = min(SPLITS, blocks, triton.cdiv(2 * MULTIPROCESSORS, programs))
     splits = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
-    constants = p.constants | {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
+    tiles = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d}
+    constants = p.constants | tiles | constants
     return Launch(kernel, programs * splits, constants, warps, stages, REGISTERS), splits
 
 
@@ -135,23 +147,28 @@ def _forward_stages(p: Problem) -> int:
     return 2 if p.narrow else 1
 
 
+@cached
 def to_local_launch(p: Problem) -> Launch:
     warps = 4 if p.narrow and p.width <= 32 else 8
     return _local_launch(p, co_attention_to_local, _forward_tile(p), warps, _forward_stages(p))
 
 
+@cached
 def to_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
     warps = 4 if p.narrow else 8
     return _global_launch(p, co_attention_to_global, _forward_tile(p), warps, _forward_stages(p))
 
 
+@cached
 def combine_launch(p: Problem) -> Launch:
     block_d = block(p.width, 64)
     rows = p.batch * p.global_tokens * p.heads
     programs = triton.cdiv(rows, 32) * triton.cdiv(p.width, block_d)
-    constants = {"HEADS": p.heads, "WIDTH": p.width, "BLOCK_T": 32, "BLOCK_D": block_d}
-    return Launch(co_attention_combine, programs, constants, warps=4, stages=1)
+    sizes, pack = in_packs(width=p.width)
+    constants = {**pack, "BLOCK_T": 32, "BLOCK_D": block_d}
+    sizes["heads"] = p.heads
+    return Launch(co_attention_combine, programs, constants, warps=4, stages=1, sizes=sizes)
 
 
 def _backward_tile(p: Problem) -> tuple[int, int, int]:
@@ -165,29 +182,29 @@ def _backward_warps(p: Problem) -> int:
     return 8 if (p.width > 64 if p.narrow else p.width <= 32) else 4
 
 
+@cached
 def grad_local_launch(p: Problem) -> Launch:
     warps = _backward_warps(p) if p.narrow else 8
-    launch = _local_launch(p, co_attention_grad_local, _backward_tile(p), warps, 1)
-    launch.constants["GRAD_STRIDE"] = p.heads * p.width
-    return launch
+    stride = p.heads * p.width
+    tile = _backward_tile(p)
+    return _local_launch(p, co_attention_grad_local, tile, warps, 1, GRAD_STRIDE=stride)
 
 
+@cached
 def global_sums_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
     tile, warps = _backward_tile(p), _backward_warps(p)
-    launch, splits = _global_launch(p, co_attention_global_sums, tile, warps, 1, chunks=1)
-    launch.constants["GRAD_STRIDE"] = p.heads * p.width
-    return launch, splits
+    constants = {"GRAD_STRIDE": p.heads * p.width}
+    return _global_launch(p, co_attention_global_sums, tile, warps, 1, chunks=1, **constants)
 
 
+@cached
 def grad_global_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of splits."""
     tile, warps = _backward_tile(p), _backward_warps(p)
-    launch, splits = _global_launch(p, co_attention_grad_global, tile, warps, 1)
     of_output = {name: p.of_output[name] for name in ("OUT_STRIDE", "OUT_STEP")}
     units = {"GRAD_STRIDE": p.heads * p.width, "UNITS": 4 if p.absorbed else 3}
-    launch.constants.update(of_output | units)
-    return launch, splits
+    return _global_launch(p, co_attention_grad_global, tile, warps, 1, **of_output, **units)
 
 
 PARAMETERS = (

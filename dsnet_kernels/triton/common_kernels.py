@@ -17,12 +17,12 @@ def parameter(p, o_c, m_c, ABSENT: tl.constexpr):
 
 
 @triton.jit
-def program_block(rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def program_block(rows, columns, BLOCK_R: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Rows and columns of the program's block, and which of them there are; columns go first."""
-    COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    o_r = (tl.program_id(0) // COLUMN_BLOCKS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    return o_r, o_c, o_r < rows, o_c < COLUMNS
+    column_blocks = (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    o_r = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = tl.program_id(0) % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return o_r, o_c, o_r < rows, o_c < columns
 
 
 @triton.jit

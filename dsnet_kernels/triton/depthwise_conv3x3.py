@@ -14,13 +14,11 @@ from .depthwise_conv3x3_kernels import (
     depthwise_conv3x3_forward,
     depthwise_conv3x3_sum_slots,
 )
+from .launch import Launch, cached
 from .layout import contiguous
 
 THREADS = 128
 """Of a program."""
-
-OPTIONS = {"num_warps": THREADS // 32, "num_stages": 1, "enable_fp_fusion": False}
-"""Products and sums are fused where the source says fma, the same for every layout."""
 
 SUM_BLOCK = {"BLOCK_SLOTS": 32, "BLOCK_VALUES": 32}
 
@@ -29,7 +27,7 @@ GRADIENT_ROWS = 12
 
 
 @dataclass(frozen=True)
-class Launch:
+class Tiles:
     """How a call is cut into programs; from the shape alone, so that sums do not depend on the GPU.
 
     Program i handles channel group i % groups, then strip, then columns.
@@ -54,7 +52,7 @@ class Launch:
         return self.groups * self.slots
 
 
-def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int, registers: int) -> Launch:
+def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int, registers: int) -> Tiles:
     """The table of tiles: ``per_thread`` elements of a row for each thread."""
     batch, channels, height, width = shape
     # Up to 32 channels: 64 bytes in 16 bits, limited from below by whole 32-byte sectors and from
@@ -72,7 +70,7 @@ def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int, registe
 
     turns = triton.cdiv(groups * strips * column_blocks, max_programs)
     column_programs = triton.cdiv(column_blocks, turns)
-    return Launch(
+    return Tiles(
         block_columns,
         block_channels,
         groups,
@@ -84,7 +82,8 @@ def launch_for(shape: torch.Size, *, per_thread: int, max_programs: int, registe
     )
 
 
-def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Launch:
+@cached
+def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Tiles:
     """16 bytes per thread and load; 2 elements where C allows no vector: each needs an address.
 
     Limits: the x dimension of a grid; three programs share a multiprocessor's registers, or five
@@ -95,7 +94,8 @@ def forward_launch(shape: torch.Size, dtype: torch.dtype) -> Launch:
     return launch_for(shape, per_thread=per_thread, max_programs=2**31 - 1, registers=registers)
 
 
-def backward_launch(shape: torch.Size) -> Launch:
+@cached
+def backward_launch(shape: torch.Size) -> Tiles:
     """Four elements per thread, or 2 where C allows no vector: taps and sums of more would spill.
 
     Limits: three programs share a multiprocessor's registers, so that 396 run at once on 132; more
@@ -133,12 +133,33 @@ def folds(dtype: torch.dtype, shift: object) -> bool:
     return dtype != torch.float32 or shift is None
 
 
-def registers_for(launch: Launch, pack: int, stride_pack: int) -> int:
+def registers_for(launch: Tiles, pack: int, stride_pack: int) -> int:
     """The launch's limit, but where C allows vectors and the layout does not.
 
     Each element of a thread then needs an address. Registers change no bit of a result.
     """
     return launch.registers if stride_pack >= min(pack, 4) else 255
+
+
+@cached
+def kernel_launch(tiles: Tiles, pack: int, stride_pack: int, **flags: bool) -> Launch:
+    """The kernel on these tiles; ``flags`` are RESIDUAL and, of the forward alone, FOLD."""
+    kernel = depthwise_conv3x3_forward if "FOLD" in flags else depthwise_conv3x3_backward
+    constants = {
+        **flags,
+        "PACK": pack,
+        "STRIDE_PACK": stride_pack,
+        "BLOCK_COLUMNS": tiles.block_columns,
+        "BLOCK_CHANNELS": tiles.block_channels,
+    }
+    registers = registers_for(tiles, pack, stride_pack)
+    return Launch(kernel, tiles.programs, constants, THREADS // 32, 1, registers)
+
+
+@cached
+def sum_slots_launch(count: int) -> Launch:
+    programs = triton.cdiv(count, SUM_BLOCK["BLOCK_VALUES"])
+    return Launch(depthwise_conv3x3_sum_slots, programs, SUM_BLOCK, THREADS // 32, 1)
 
 
 def _check(x: Tensor, weight: Tensor, **optional: Tensor | None) -> None:
@@ -175,9 +196,10 @@ def forward(
     x = _with_adjacent_channels(x)
     batch, channels, height, width = x.shape
     pack, stride_pack = pack_of(channels), _stride_pack(x)
-    launch = forward_launch(x.shape, x.dtype)
+    tiles = forward_launch(x.shape, x.dtype)
+    flags = {"RESIDUAL": residual, "FOLD": folds(x.dtype, shift)}
     with torch.cuda.device_of(x):
-        depthwise_conv3x3_forward[(launch.programs,)](
+        kernel_launch(tiles, pack, stride_pack, **flags)(
             x,
             weight.reshape(channels, 9).contiguous(),
             contiguous(bias),
@@ -189,17 +211,9 @@ def forward(
             width,
             batch * width,
             *(stride // stride_pack for stride in _strides(x)),
-            launch.groups,
-            launch.strips,
-            launch.rows,
-            RESIDUAL=residual,
-            FOLD=folds(x.dtype, shift),
-            PACK=pack,
-            STRIDE_PACK=stride_pack,
-            BLOCK_COLUMNS=launch.block_columns,
-            BLOCK_CHANNELS=launch.block_channels,
-            maxnreg=registers_for(launch, pack, stride_pack),
-            **OPTIONS,
+            tiles.groups,
+            tiles.strips,
+            tiles.rows,
         )
     return out
 
@@ -227,11 +241,11 @@ def backward(
     grad, x = _with_adjacent_channels(grad), _with_adjacent_channels(x)
     strides = [*_strides(grad), *_strides(x)]
     pack, stride_pack = pack_of(channels), _stride_pack(grad, x)
-    launch = backward_launch(x.shape)
-    partials = x.new_empty((launch.slots, GRADIENT_ROWS, channels), dtype=torch.float32)
+    tiles = backward_launch(x.shape)
+    partials = x.new_empty((tiles.slots, GRADIENT_ROWS, channels), dtype=torch.float32)
     rows = x.new_empty((GRADIENT_ROWS, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        depthwise_conv3x3_backward[(launch.programs,)](
+        kernel_launch(tiles, pack, stride_pack, RESIDUAL=residual)(
             grad,
             x,
             weight.reshape(channels, 9).contiguous(),
@@ -244,20 +258,11 @@ def backward(
             width,
             batch * width,
             *(stride // stride_pack for stride in strides),
-            launch.groups,
-            launch.strips,
-            launch.rows,
-            launch.column_blocks,
-            launch.column_programs,
-            RESIDUAL=residual,
-            PACK=pack,
-            STRIDE_PACK=stride_pack,
-            BLOCK_COLUMNS=launch.block_columns,
-            BLOCK_CHANNELS=launch.block_channels,
-            maxnreg=registers_for(launch, pack, stride_pack),
-            **OPTIONS,
+            tiles.groups,
+            tiles.strips,
+            tiles.rows,
+            tiles.column_blocks,
+            tiles.column_programs,
         )
-        depthwise_conv3x3_sum_slots[(triton.cdiv(rows.numel(), SUM_BLOCK["BLOCK_VALUES"]),)](
-            partials, rows, launch.slots, rows.numel(), **SUM_BLOCK, **OPTIONS
-        )
+        sum_slots_launch(rows.numel())(partials, rows, tiles.slots, rows.numel())
     return grad_x, rows

@@ -17,7 +17,7 @@ from .global_attention_backward_kernels import (
     global_attention_many_grad_q,
 )
 from .global_attention_kernels import global_attention_few, global_attention_many
-from .launch import Launch, block
+from .launch import Launch, block, cached
 
 FEW = 64
 """Up to so many tokens, a head of an image is one program."""
@@ -64,6 +64,7 @@ def _head_constants(p: Problem) -> dict[str, int]:
     return {"WIDTH": p.width, "HEAD_DIM": p.head_dim, "BLOCK_D": block(p.head_dim)}
 
 
+@cached
 def few_launch(p: Problem, kernel: Any) -> Launch:
     """Of ``global_attention_few`` and its gradient."""
     block_c = block(p.width, 64 if p.width % 64 == 0 else 32) if p.narrow else 16
@@ -73,6 +74,7 @@ def few_launch(p: Problem, kernel: Any) -> Launch:
     return Launch(kernel, p.groups, constants, warps, stages)
 
 
+@cached
 def many_launches(p: Problem) -> dict[str, Launch]:
     """The tiles (queries, keys) of attention and of its two gradients, limited by registers."""
     if p.narrow and p.head_dim <= 32:

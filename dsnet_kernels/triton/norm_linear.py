@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import MULTIPROCESSORS, Launch, block
+from .launch import MULTIPROCESSORS, Launch, block, cached, in_packs
 from .norm_linear_kernels import (
     norm_linear,
     norm_linear_grad_weight,
@@ -37,37 +37,32 @@ class NormLinear:
         return self.dtype.itemsize == 2
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"WIDTH": self.width, "OUTPUTS": self.outputs}
+    def constants(self) -> dict[str, int]:
+        """Sizes of the kernels that would need more registers if they were arguments."""
+        return {"WIDTH": self.width, "OUTPUTS": self.outputs, "LAYER_NORM": self.layer_norm}
 
 
+@cached
 def forward_launch(p: NormLinear) -> Launch:
     block_t, block_n, block_c = (64, 64, block(p.width, 64)) if p.narrow else (64, 64, 16)
     programs = triton.cdiv(p.rows, block_t) * triton.cdiv(p.outputs, block_n)
-    constants = p.sizes | {
-        "LAYER_NORM": p.layer_norm,
-        "BLOCK_T": block_t,
-        "BLOCK_N": block_n,
-        "BLOCK_C": block_c,
-    }
+    constants = p.constants | {"BLOCK_T": block_t, "BLOCK_N": block_n, "BLOCK_C": block_c}
     return Launch(norm_linear, programs, constants, warps=4, stages=2)
 
 
+@cached
 def grad_x_launch(p: NormLinear) -> Launch:
     """Blocks of whole rows up to WHOLE_ROWS channels; 8192 sums are what registers hold."""
     block_c = block(p.width, WHOLE_ROWS)
     block_t = max(16, min(64, 8192 // block_c))
-    constants = p.sizes | {
-        "LAYER_NORM": p.layer_norm,
-        "BLOCK_T": block_t,
-        "BLOCK_C": block_c,
-        "BLOCK_N": 32 if p.narrow else 16,
-    }
+    block_n = 32 if p.narrow else 16
+    constants = p.constants | {"BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_N": block_n}
     warps = 4 if p.narrow and block_c < 256 else 8
     programs = triton.cdiv(p.rows, block_t)
     return Launch(norm_linear_grad_x, programs, constants, warps, stages=2)
 
 
+@cached
 def grad_weight_launch(p: NormLinear) -> tuple[Launch, int]:
     """With the number of slots: two programs for each multiprocessor, but no empty slot."""
     block_n, block_c = block(p.outputs, 64), block(p.width, 64)
@@ -75,20 +70,25 @@ def grad_weight_launch(p: NormLinear) -> tuple[Launch, int]:
     tiles = triton.cdiv(p.outputs, block_n) * triton.cdiv(p.width, block_c)
     wanted = triton.cdiv(2 * MULTIPROCESSORS, tiles)
     slots = min(SLOTS, wanted, triton.cdiv(p.rows, block_t))
-    constants = p.sizes | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_T": block_t}
-    warps = 4 if p.narrow else 8
-    return Launch(norm_linear_grad_weight, tiles * slots, constants, warps, stages=2), slots
+    sizes, pack = in_packs(width=p.width, outputs=p.outputs)
+    constants = pack | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_T": block_t}
+    warps, programs = 4 if p.narrow else 8, tiles * slots
+    launch = Launch(norm_linear_grad_weight, programs, constants, warps, stages=2, sizes=sizes)
+    return launch, slots
 
 
+@cached
 def sum_slots_launch(p: NormLinear, slots: int) -> tuple[Launch, int]:
     """With the number of blocks of rows of W, each of which leaves sums for the norm."""
     # 8192 values of all slots in a program, limited by registers.
     block_slots = triton.next_power_of_2(slots)
     block_n, block_c = min(64, 256 // block_slots), 32
     blocks = triton.cdiv(p.outputs, block_n)
-    constants = p.sizes | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_SLOTS": block_slots}
+    sizes, pack = in_packs(width=p.width, outputs=p.outputs)
+    constants = pack | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_SLOTS": block_slots}
     programs = blocks * triton.cdiv(p.width, block_c)
-    return Launch(norm_linear_sum_slots, programs, constants, warps=4, stages=1), blocks
+    launch = Launch(norm_linear_sum_slots, programs, constants, warps=4, stages=1, sizes=sizes)
+    return launch, blocks
 
 
 def forward(

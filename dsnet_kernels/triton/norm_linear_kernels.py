@@ -12,30 +12,30 @@ from .common_kernels import parameter, program_block
 
 
 @triton.jit
-def moments(p_x, m_t, eps, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and 1/√(variance + eps) of the rows of WIDTH channels that ``p_x`` points at."""
+def moments(p_x, m_t, eps, width, BLOCK_C: tl.constexpr):
+    """Mean and 1/√(variance + eps) of the rows of width channels that ``p_x`` points at."""
     b_mean = tl.zeros(p_x.shape, tl.float32)
     b_squares = tl.zeros(p_x.shape, tl.float32)
-    for i_c in range(0, WIDTH, BLOCK_C):
+    for i_c in range(0, width, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
-        m_c = (o_c < WIDTH)[None, :]
+        m_c = (o_c < width)[None, :]
         b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_t[:, None] & m_c, other=0).to(tl.float32)
         # Deviations from the block's own mean, and the step between means (Chan et al., 1979):
         # one pass, and no cancellation where the mean is large.
-        count = tl.minimum(WIDTH - i_c, BLOCK_C)
+        count = tl.minimum(width - i_c, BLOCK_C)
         part = count / (i_c + count)
         b_block = tl.sum(b_x, 1) / count
         b_deviation = tl.where(m_c, b_x - b_block[:, None], 0.0)
         b_step = b_block - b_mean
         b_squares += tl.sum(b_deviation * b_deviation, 1) + b_step * b_step * (i_c * part)
         b_mean += b_step * part
-    return b_mean, tl.div_rn(1.0, tl.sqrt_rn(b_squares / WIDTH + eps))
+    return b_mean, tl.div_rn(1.0, tl.sqrt_rn(b_squares / width + eps))
 
 
 @triton.jit
-def normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH: tl.constexpr):
+def normal(p_x, o_c, m_t, b_mean, b_rstd, width):
     """Columns ``o_c`` of n in float32, zero outside; without ``b_mean`` n = x."""
-    m = m_t[:, None] & (o_c < WIDTH)[None, :]
+    m = m_t[:, None] & (o_c < width)[None, :]
     b = tl.load(p_x[:, None] + o_c[None, :], mask=m, other=0).to(tl.float32)
     if b_mean is not None:
         b = tl.where(m, (b - b_mean[:, None]) * b_rstd[:, None], 0.0)
@@ -43,11 +43,11 @@ def normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, WIDTH: tl.constexpr):
+def normalised(p_x, o_c, m_t, b_mean, b_rstd, norm_weight, norm_bias, width):
     """Columns ``o_c`` of n∘norm_weight + norm_bias in x's dtype, zero outside."""
-    b = normal(p_x, o_c, m_t, b_mean, b_rstd, WIDTH)
+    b = normal(p_x, o_c, m_t, b_mean, b_rstd, width)
     if norm_weight is not None or norm_bias is not None:
-        m_c = o_c < WIDTH
+        m_c = o_c < width
         b_weight = parameter(norm_weight, o_c, m_c, 1.0)
         b = tl.fma(b, b_weight, parameter(norm_bias, o_c, m_c, 0.0))
         b = tl.where(m_t[:, None] & m_c[None, :], b, 0.0)
@@ -180,7 +180,11 @@ def norm_linear_grad_x(
                 tl.store(grad_x + o_x, (b_grad + b_g).to(dtype), mask=m)
 
 
-@triton.jit(do_not_specialize=["rows", "slots"])
+# In units of PACK elements.
+_SIZES = ["width", "outputs"]
+
+
+@triton.jit(do_not_specialize=["rows", "slots", *_SIZES])
 def norm_linear_grad_weight(
     x,  # (T, C)
     grad_y,  # (T, O)
@@ -189,43 +193,46 @@ def norm_linear_grad_weight(
     partial_bias,  # (slots, O)
     rows,  # T
     slots,
-    WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    width,
+    outputs,
+    PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Σ dyᵀ·n and Σ dy over the row blocks of a slot."""
-    COLUMN_BLOCKS: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
-    ROW_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    i_c = tl.program_id(0) % COLUMN_BLOCKS
-    i_n = tl.program_id(0) // COLUMN_BLOCKS % ROW_BLOCKS
-    i_slot = (tl.program_id(0) // (COLUMN_BLOCKS * ROW_BLOCKS)).to(tl.int64)
+    width *= PACK
+    outputs *= PACK
+    column_blocks = (width + BLOCK_C - 1) // BLOCK_C
+    row_blocks = (outputs + BLOCK_N - 1) // BLOCK_N
+    i_c = tl.program_id(0) % column_blocks
+    i_n = tl.program_id(0) // column_blocks % row_blocks
+    i_slot = (tl.program_id(0) // (column_blocks * row_blocks)).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < OUTPUTS
+    m_n = o_n < outputs
     b_weight = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     b_bias = tl.zeros([BLOCK_N], tl.float32)
     for i_t in range(i_slot * BLOCK_T, rows, slots * BLOCK_T):
         o_t = i_t + tl.arange(0, BLOCK_T).to(tl.int64)
         m_t = o_t < rows
-        p_g = grad_y + o_t[None, :] * OUTPUTS + o_n[:, None]
+        p_g = grad_y + o_t[None, :] * outputs + o_n[:, None]
         b_g = tl.load(p_g, mask=m_n[:, None] & m_t[None, :], other=0)
         b_mean, b_rstd = None, None
         if statistics is not None:
             b_mean = tl.load(statistics + o_t, mask=m_t, other=0)
             b_rstd = tl.load(statistics + rows + o_t, mask=m_t, other=0)
-        b_normal = normal(x + o_t * WIDTH, o_c, m_t, b_mean, b_rstd, WIDTH).to(b_g.dtype)
+        b_normal = normal(x + o_t * width, o_c, m_t, b_mean, b_rstd, width).to(b_g.dtype)
         b_weight = tl.dot(b_g, b_normal, b_weight, input_precision="ieee")
         b_bias += tl.sum(b_g.to(tl.float32), 1)
 
-    o_row = i_slot * OUTPUTS + o_n
-    m = m_n[:, None] & (o_c < WIDTH)[None, :]
-    tl.store(partial_weight + o_row[:, None] * WIDTH + o_c[None, :], b_weight, mask=m)
+    o_row = i_slot * outputs + o_n
+    m = m_n[:, None] & (o_c < width)[None, :]
+    tl.store(partial_weight + o_row[:, None] * width + o_c[None, :], b_weight, mask=m)
     tl.store(partial_bias + o_row, b_bias, mask=m_n & (i_c == 0))
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", *_SIZES])
 def norm_linear_sum_slots(
     partial_weight,  # (slots, O, C)
     partial_bias,  # (slots, O)
@@ -237,8 +244,9 @@ def norm_linear_sum_slots(
     grad_bias,  # (O)
     partial_norm,  # (blocks of O, 2, C)
     slots,
-    WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    width,
+    outputs,
+    PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
@@ -248,20 +256,22 @@ def norm_linear_sum_slots(
     The gradients of norm_weight and norm_bias are Σ over the rows of W∘G and of W∘s, here over
     those of the block.
     """
-    COLUMN_BLOCKS: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
-    i_c = tl.program_id(0) % COLUMN_BLOCKS
-    i_n = tl.program_id(0) // COLUMN_BLOCKS
+    width *= PACK
+    outputs *= PACK
+    column_blocks = (width + BLOCK_C - 1) // BLOCK_C
+    i_c = tl.program_id(0) % column_blocks
+    i_n = tl.program_id(0) // column_blocks
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_s = tl.arange(0, BLOCK_SLOTS)
-    m_c = o_c < WIDTH
-    m_n = o_n < OUTPUTS
+    m_c = o_c < width
+    m_n = o_n < outputs
     m_s = o_s < slots
     m = m_n[:, None] & m_c[None, :]
-    o_w = o_n[:, None] * WIDTH + o_c[None, :]
-    p_sum = partial_weight + (o_s.to(tl.int64) * (OUTPUTS * WIDTH))[:, None, None] + o_w[None]
+    o_w = o_n[:, None] * width + o_c[None, :]
+    p_sum = partial_weight + (o_s.to(tl.int64) * (outputs * width))[:, None, None] + o_w[None]
     b_sum = tl.sum(tl.load(p_sum, mask=m_s[:, None, None] & m[None], other=0), 0)
-    p_bias = partial_bias + o_s[:, None] * OUTPUTS + o_n[None, :]
+    p_bias = partial_bias + o_s[:, None] * outputs + o_n[None, :]
     b_bias = tl.sum(tl.load(p_bias, mask=m_s[:, None] & m_n[None, :], other=0), 0)
     b_norm_weight = parameter(norm_weight, o_c, m_c, 1.0)
     b_norm_bias = parameter(norm_bias, o_c, m_c, 0.0)
@@ -271,6 +281,6 @@ def norm_linear_sum_slots(
 
     # As the products take it.
     b_w = tl.load(linear_weight + o_w, mask=m, other=0).to(grad_y.dtype.element_ty).to(tl.float32)
-    p_norm = partial_norm + i_n * (2 * WIDTH) + o_c
+    p_norm = partial_norm + i_n * (2 * width) + o_c
     tl.store(p_norm, tl.sum(b_w * b_sum, 0), mask=m_c)
-    tl.store(p_norm + WIDTH, tl.sum(b_w * b_bias[:, None], 0), mask=m_c)
+    tl.store(p_norm + width, tl.sum(b_w * b_bias[:, None], 0), mask=m_c)

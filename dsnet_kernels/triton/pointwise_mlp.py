@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from . import can_run, norm_linear
-from .launch import MULTIPROCESSORS, Launch, block
+from .launch import MULTIPROCESSORS, Launch, block, cached
 from .layout import contiguous, image_of, rows_of
 from .norm_linear import NormLinear
 from .pointwise_mlp_fused_kernels import (
@@ -83,14 +83,17 @@ def _rows_launch(p: Problem, kernel: Any) -> Launch:
     return Launch(kernel, programs, constants, warps=block_t // 16, stages=2)
 
 
+@cached
 def forward_launch(p: Problem) -> Launch:
     return _rows_launch(p, pointwise_mlp_forward)
 
 
+@cached
 def grad_x_launch(p: Problem) -> Launch:
     return _rows_launch(p, pointwise_mlp_grad_x)
 
 
+@cached
 def grad_weights_launch(p: Problem) -> tuple[Launch, int]:
     """With the number of slots: two programs for each multiprocessor, but no empty slot."""
     block_t = 32
@@ -120,14 +123,17 @@ def _product_launch(
     return Launch(kernel, programs, constants, warps=4, stages=2, registers=128)
 
 
+@cached
 def hidden_launch(p: Problem) -> Launch:
     return _product_launch(p, pointwise_mlp_hidden, p.width, p.hidden, 128, p.sizes)
 
 
+@cached
 def grad_hidden_launch(p: Problem) -> Launch:
     return _product_launch(p, pointwise_mlp_grad_hidden, p.width, p.hidden, 64, p.sizes)
 
 
+@cached
 def residual_launch(p: Problem, strides: tuple[int, int]) -> Launch:
     """From hidden channels to those of x, by a matrix whose rows and columns are ``strides`` apart.
 

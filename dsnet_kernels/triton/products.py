@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MULTIPROCESSORS, Launch, block
+from .launch import MULTIPROCESSORS, Launch, block, cached, in_packs
 from .products_kernels import multiply_rows, multiply_transposed
 
 SLOTS = 32
@@ -44,12 +44,12 @@ class Columns:
 
     @property
     def pointer(self) -> Tensor:
-        return self.tensor.flatten()[self.begin :]
+        return _from(self.tensor, self.begin)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """What a group's rows are multiplied with: rows and columns ``strides`` apart.
+    """What a group's rows are multiplied with: rows and columns ``strides`` apart, one of them 1.
 
     The first group's begins at element ``begin``, the next ``step`` behind.
     """
@@ -61,31 +61,57 @@ class Matrices:
 
     @property
     def pointer(self) -> Tensor:
-        return self.tensor.flatten()[self.begin :]
+        return _from(self.tensor, self.begin)
 
 
-def rows_launch(x: Columns, matrices: Matrices, out: Columns, dtype: torch.dtype) -> Launch:
-    """Tiles of 64 rows; float32 operands have little room in shared memory."""
+def _from(tensor: Tensor, begin: int) -> Tensor:
+    """A contiguous tensor from element ``begin`` on, for a kernel that knows its strides."""
+    if begin == 0:
+        return tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + begin)
+
+
+@cached
+def rows_launch(
+    rows: int,
+    groups: int,
+    x: tuple[int, int, int],
+    matrix: tuple[int, int, int],
+    out: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> Launch:
+    """Tiles of 64 rows; float32 operands have little room in shared memory.
+
+    ``x`` and ``out`` are their columns, the stride of their rows and the step of their groups,
+    ``matrix`` are the strides of rows and columns and the step of its groups.
+    """
+    (width, x_stride, x_group), (m_output, m_width, m_group) = x, matrix
+    outputs, out_stride, out_group = out
     narrow = dtype.itemsize == 2
-    block_t, block_n = 64, block(out.columns, 64)
+    block_t, block_n = 64, block(outputs, 64)
+    sizes, pack = in_packs(
+        width=width,
+        outputs=outputs,
+        x_stride=x_stride,
+        x_group=x_group,
+        m_stride=m_output if m_width == 1 else m_width,
+        m_group=m_group,
+        out_stride=out_stride,
+        out_group=out_group,
+    )
     constants = {
-        "WIDTH": x.columns,
-        "OUTPUTS": out.columns,
-        "GROUPS": x.groups,
-        "X_STRIDE": x.stride,
-        "X_GROUP": x.step,
-        "M_OUTPUT": matrices.strides[0],
-        "M_WIDTH": matrices.strides[1],
-        "M_GROUP": matrices.step,
-        "OUT_STRIDE": out.stride,
-        "OUT_GROUP": out.step,
+        "BY_ROW": m_width == 1,
         "DTYPE": DTYPES[dtype],
+        **pack,
         "BLOCK_T": block_t,
         "BLOCK_N": block_n,
-        "BLOCK_C": block(x.columns, 64) if narrow else 16,
+        "BLOCK_C": block(width, 64) if narrow else 16,
     }
-    programs = triton.cdiv(x.rows, block_t) * triton.cdiv(out.columns, block_n) * x.groups
-    return Launch(multiply_rows, programs, constants, warps=4, stages=2)
+    programs = triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_n) * groups
+    sizes["groups"] = groups
+    # Without a limit the assembler spills some registers for the sake of more programs.
+    registers = None if narrow else 128
+    return Launch(multiply_rows, programs, constants, 4, 2, registers, sizes)
 
 
 def multiply(
@@ -105,36 +131,54 @@ def multiply(
     ``residual`` lies as out.
     """
     operands = (x.pointer, matrices.pointer, bias, weights, residual, out.pointer)
-    rows_launch(x, matrices, out, dtype)(*operands, x.rows, factor)
+    rows = x.rows
+    of_x, of_out = (x.columns, x.stride, x.step), (out.columns, out.stride, out.step)
+    launch = rows_launch(rows, x.groups, of_x, (*matrices.strides, matrices.step), of_out, dtype)
+    launch(*operands, rows, factor)
 
 
+@cached
 def transposed_launch(
-    x: Columns, y: Columns, out: Columns, dtype: torch.dtype
+    rows: int,
+    groups: int,
+    x: tuple[int, int, int],
+    y: tuple[int, int, int],
+    out_step: int,
+    dtype: torch.dtype,
 ) -> tuple[Launch, int]:
-    """With the number of slots: two programs for each multiprocessor, but no empty slot."""
+    """With the number of slots: two programs for each multiprocessor, but no empty slot.
+
+    ``x`` and ``y`` are their columns, the stride of their rows and the step of their groups;
+    ``out_step`` is the step of the result's groups, or 0 where they lie below each other.
+    """
+    (outputs, x_stride, x_group), (width, y_stride, y_group) = x, y
     narrow = dtype.itemsize == 2
-    block_n, block_c = block(x.columns, 64), block(y.columns, 64)
+    block_n, block_c = block(outputs, 64), block(width, 64)
     block_t = 64 if narrow else 16
-    tiles = triton.cdiv(x.columns, block_n) * triton.cdiv(y.columns, block_c) * x.groups
+    tiles = triton.cdiv(outputs, block_n) * triton.cdiv(width, block_c) * groups
     wanted = triton.cdiv(2 * MULTIPROCESSORS, tiles)
-    slots = min(SLOTS, wanted, triton.cdiv(x.rows, block_t))
+    slots = min(SLOTS, wanted, triton.cdiv(rows, block_t))
+    sizes, pack = in_packs(
+        outputs=outputs,
+        width=width,
+        x_stride=x_stride,
+        x_group=x_group,
+        y_stride=y_stride,
+        y_group=y_group,
+        out_stride=width * (groups if out_step else 1),
+        out_group=out_step or outputs * width,
+    )
     constants = {
-        "OUTPUTS": x.columns,
-        "WIDTH": y.columns,
-        "GROUPS": x.groups,
-        "X_STRIDE": x.stride,
-        "X_GROUP": x.step,
-        "Y_STRIDE": y.stride,
-        "Y_GROUP": y.step,
-        "OUT_STRIDE": y.columns * (x.groups if out.step else 1),
-        "OUT_GROUP": out.step or x.columns * y.columns,
-        "SIZE": x.groups * x.columns * y.columns,
         "DTYPE": DTYPES[dtype],
+        **pack,
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
         "BLOCK_T": block_t,
     }
-    launch = Launch(multiply_transposed, tiles * slots, constants, 4 if narrow else 8, stages=2)
+    sizes["groups"] = groups
+    warps, registers = (4, None) if narrow else (8, 128)
+    programs = tiles * slots
+    launch = Launch(multiply_transposed, programs, constants, warps, 2, registers, sizes)
     return launch, slots
 
 
@@ -152,7 +196,8 @@ def multiply_over_rows(
     ``out`` has float32; its groups' columns are next to each other or, where ``out.step`` is 0, its
     groups' rows below each other.
     """
-    launch, slots = transposed_launch(x, y, out, dtype)
+    of_x, of_y = (x.columns, x.stride, x.step), (y.columns, y.stride, y.step)
+    launch, slots = transposed_launch(x.rows, x.groups, of_x, of_y, out.step, dtype)
     rows, columns = (x.groups, 1) if out.step == 0 else (1, x.groups)
     rows, columns = rows * x.columns, columns * y.columns
     partial = out.tensor.new_empty((slots, rows, columns))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks
 from . import can_run
-from .launch import Launch, block
+from .launch import Launch, block, cached, in_packs
 from .layout import contiguous, image_of, rows_of
 from .products import Columns, Matrices, multiply, multiply_over_rows
 from .upsample_concat_kernels import upsample_concat_adjoint, upsample_concat_forward
@@ -31,6 +31,7 @@ class Problem:
         return self.batch * self.grid[0] * self.grid[1]
 
 
+@cached
 def forward_launch(p: Problem) -> Launch:
     """Tiles of 64 pixels; two corners of a tile in float32 are in registers at a time."""
     block_n = block(p.channels, 64)
@@ -46,13 +47,23 @@ def forward_launch(p: Problem) -> Launch:
     return Launch(upsample_concat_forward, programs, constants, warps=8, stages=2)
 
 
+@cached
 def adjoint_launch(rows: int, channels: int) -> Launch:
     """2048 sums in a program: 16 in each thread, limited by the registers of their addresses."""
     block_n = block(channels, 64)
     block_t = 2048 // block_n
-    constants = {"CHANNELS": channels, "BLOCK_T": block_t, "BLOCK_N": block_n}
+    sizes, pack = in_packs(channels=channels)
+    constants = {**pack, "BLOCK_T": block_t, "BLOCK_N": block_n}
     programs = triton.cdiv(rows, block_t) * triton.cdiv(channels, block_n)
-    return Launch(upsample_concat_adjoint, programs, constants, warps=4, stages=1, registers=255)
+    return Launch(
+        upsample_concat_adjoint,
+        programs,
+        constants,
+        warps=4,
+        stages=1,
+        registers=255,
+        sizes=sizes,
+    )
 
 
 def _check(local: Tensor, global_: Tensor, weight: Tensor, **others: Tensor | None) -> Problem:

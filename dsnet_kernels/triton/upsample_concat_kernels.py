@@ -89,7 +89,7 @@ def upsample_concat_forward(
     tl.store(out + o_out, b.to(dtype), mask=m)
 
 
-@triton.jit(do_not_specialize=["rows", "size", "coarse", "inner"])
+@triton.jit(do_not_specialize=["rows", "size", "coarse", "inner", "channels"])
 def upsample_concat_adjoint(
     x,  # (outer, size, inner, C)
     out,  # (outer, coarse, inner, C) in float32
@@ -97,15 +97,17 @@ def upsample_concat_adjoint(
     size,
     coarse,
     inner,
-    CHANNELS: tl.constexpr,
+    channels,
+    PACK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The adjoint of sampling along one axis, where each coarse entry gathers what sampled it."""
-    o_t, o_n, m_t, m_n = program_block(rows, CHANNELS, BLOCK_T, BLOCK_N)
+    channels *= PACK
+    o_t, o_n, m_t, m_n = program_block(rows, channels, BLOCK_T, BLOCK_N)
     o_outer = o_t // inner // coarse
     o_coarse = o_t // inner % coarse
-    p_x = x + (o_outer * size * inner + o_t % inner) * CHANNELS
+    p_x = x + (o_outer * size * inner + o_t % inner) * channels
     # Entries whose source lies within 1 of the coarse one, and one more at either end for rounding.
     o_first = tl.maximum(((2 * o_coarse - 1) * size - coarse) // (2 * coarse), 0)
     b = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
@@ -115,8 +117,8 @@ def upsample_concat_adjoint(
         b_weight = tl.where(o_left == o_coarse, 1.0 - b_right, 0.0)
         b_weight += tl.where(o_right == o_coarse, b_right, 0.0)
         m_x = m_t & (o_x < size) & ((o_left == o_coarse) | (o_right == o_coarse))
-        p_block = (p_x + o_x * inner * CHANNELS)[:, None] + o_n[None, :]
+        p_block = (p_x + o_x * inner * channels)[:, None] + o_n[None, :]
         b_x = tl.load(p_block, mask=m_x[:, None] & m_n[None, :], other=0)
         b += b_x.to(tl.float32) * b_weight[:, None]
-    p_out = out + o_t[:, None] * CHANNELS + o_n[None, :]
+    p_out = out + o_t[:, None] * channels + o_n[None, :]
     tl.store(p_out, b, mask=m_t[:, None] & m_n[None, :])

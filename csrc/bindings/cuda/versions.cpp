@@ -1,6 +1,6 @@
 // The CUDA versions that Python compares before the first launch.
 
-// The runtime's own declarations, which need no header: both return a cudaError_t, 0 for success.
+// Of the CUDA runtime, whose headers the bindings do without; both return a cudaError_t.
 extern "C" int cudaDriverGetVersion(int* version);
 extern "C" int cudaRuntimeGetVersion(int* version);
 
