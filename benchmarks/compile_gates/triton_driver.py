@@ -150,7 +150,8 @@ def counting(target: GPUTarget = H100, compiles: bool = False) -> Iterator[Count
         driver.set_active(before)
         backend.forget_refusal()
         for kernel in kernels.values():
-            del kernel.device_caches[fake]
+            for compiled in kernel.device_caches.pop(fake)[0].values():
+                compiled.module = None  # Or it would be unloaded from a GPU that is not there.
 
 
 def compilations(function: Callable[[], object], target: GPUTarget = H100) -> Counter[str]:

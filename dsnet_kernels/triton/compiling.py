@@ -28,9 +28,9 @@ def _stand_in(value: Any) -> Any:
 
 
 def _kind(value: Any) -> Any:
-    """Equal for arguments that make the same variant."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "int", value.bit_length() < 32, value == 1, value % 16 == 0
+    """Equal for arguments that make the same variant: kernels specialise on no number."""
+    if isinstance(value, int):
+        return "int", value.bit_length() < 32
     return "float" if isinstance(value, float) else value
 
 
@@ -41,16 +41,10 @@ class _Variant:
     kernel: Any
     args: tuple[Any, ...]
     keywords: dict[str, Any]
-    device: torch.device
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        constants = {k: v for k, v in self.keywords.items() if k != "grid"}
-        sizes = tuple(_kind(value) for value in self.args)
-        return id(self.kernel), self.device, sizes, tuple(sorted(constants.items(), key=str))
+    device: int  # as of Tensor.get_device: -1 is none
 
     def compile(self) -> None:
-        with torch.cuda.device(self.device if self.device.type == "cuda" else None):
+        with torch.cuda.device(self.device):
             self.kernel.warmup(*self.args, **self.keywords)
 
 
@@ -59,11 +53,14 @@ def _collect(function: Callable[[], object]) -> list[_Variant]:
     found: dict[tuple[Any, ...], _Variant] = {}
 
     def take(launch: Launch, args: tuple[Any, ...]) -> None:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        device = next(arg.get_device() for arg in args if isinstance(arg, Tensor))
         # An alternative to the tensors themselves, which would stay in memory.
         stand_ins = tuple(_stand_in(arg) for arg in args)
-        variant = _Variant(launch.kernel, stand_ins, launch.keywords, device)
-        found.setdefault(variant.key, variant)
+        kinds = (*map(_kind, stand_ins), *map(_kind, launch.sizes.values()))
+        constants = tuple((launch.constants | launch.options).items())
+        key = id(launch.kernel), device, kinds, constants
+        if key not in found:
+            found[key] = _Variant(launch.kernel, stand_ins, launch.keywords, device)
 
     before, collector.take = collector.take, take
     try:
@@ -76,8 +73,9 @@ def _collect(function: Callable[[], object]) -> list[_Variant]:
 
 
 def compile_in_parallel(function: Callable[[], object], threads: int | None = None) -> int:
+    """What ``dsnet_kernels.triton.compile_in_parallel`` documents."""
     variants = _collect(function)
-    with ThreadPoolExecutor(threads or min(32, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         # The list raises what a compilation raised.
         list(pool.map(_Variant.compile, variants))
     return len(variants)

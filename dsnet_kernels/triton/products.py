@@ -110,7 +110,7 @@ def rows_launch(
     programs = triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_n) * groups
     sizes["groups"] = groups
     # Without a limit the assembler spills some registers for the sake of more programs.
-    registers = None if narrow else 128
+    registers = None if narrow else 128 if pack["PACK"] > 1 else 255
     return Launch(multiply_rows, programs, constants, 4, 2, registers, sizes)
 
 
