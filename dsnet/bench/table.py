@@ -11,12 +11,12 @@ from .row import GRAPH, OUT_OF_TIME
 BASELINES = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager ch-last",
-    "eager_amp": "eager AMP",
-    "native": "native ATen",
     "sdpa": "SDPA",
     "compile": "compile",
     "onnxruntime": "ONNX RT",
     "openvino": "OpenVINO",
+    "native": "native ATen",
+    "eager_amp": "eager AMP",
 }
 
 COLUMNS = 120
