@@ -390,7 +390,7 @@ def test_documents_are_filled_by_the_command(tmp_path, monkeypatch, capsys):
     [
         ("[]", "schema: expected dsnet-bench or dsnet-gpu, got None"),
         ('{"schema": "other"}', "got other"),
-        ('{"schema": "dsnet-bench", "version": 99}', "expected dsnet-bench version 1, 2 or 3"),
+        ('{"schema": "dsnet-bench", "version": 99}', "expected dsnet-bench version 1, 2, 3 or 4"),
         ("{", "Expecting property name"),
     ],
 )

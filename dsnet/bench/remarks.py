@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .report import Report, Row
+from .row import OUT_OF_TIME
 
 SHARED_CORES = 0.9
 """With less of its threads' time the process shared the cores with other programs."""
@@ -39,7 +40,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         for result in row.results:
             if row.kind == "model" and result.role == "ours":
                 lines.append(f"{result.name} runs {by_backend(result.chosen)}")
-            if result.problem is not None:
+            if result.problem not in (None, OUT_OF_TIME):
                 name = f"{'ours ' if result.role == 'ours' else ''}{result.name}"
                 place = f"stage {row.stage}" if row.kind == "op" else f"{row.shape[0]} images"
                 lines.append(f"{name}, {place}, {row.work}: {result.problem}")

@@ -11,12 +11,12 @@ from .row import GRAPH, OUT_OF_TIME
 BASELINES = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager ch-last",
-    "eager_amp": "eager AMP",
-    "native": "native ATen",
     "sdpa": "SDPA",
     "compile": "compile",
     "onnxruntime": "ONNX RT",
     "openvino": "OpenVINO",
+    "native": "native ATen",
+    "eager_amp": "eager AMP",
 }
 
 COLUMNS = 120
@@ -45,7 +45,9 @@ ROOF_LEGEND = (
 MEMORY_LEGEND = "MB best, ours: what a call adds at most to the memory of the process."
 
 SHORTENED = "!"
-SHORTENED_LEGEND = f"{SHORTENED}: the row's share of --budget ran out, so it has fewer rounds."
+SHORTENED_LEGEND = (
+    f"{SHORTENED}: the row's share of --budget ran out: fewer rounds, and baselines without a time."
+)
 
 
 def render(report: Report) -> str:
@@ -68,7 +70,7 @@ def _folded(lines: Iterable[str]) -> list[str]:
         part
         for line in lines
         for part in textwrap.wrap(
-            line,
+            line.strip(),
             COLUMNS,
             initial_indent=" " * (len(line) - len(line.lstrip())),
             subsequent_indent="    ",

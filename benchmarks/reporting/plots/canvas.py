@@ -68,7 +68,7 @@ class Picture:
 
 def colour(contender: str) -> str:
     """Of a baseline; the same in every picture."""
-    names = [*BASELINES, "native"]
+    names = list(BASELINES)
     return COLOURS[names.index(contender) % len(COLOURS)] if contender in names else SOFT
 
 
