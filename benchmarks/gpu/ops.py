@@ -80,8 +80,7 @@ PLANS = (
 
 DRY_SIZE = (32, 32)
 DRY_PLANS = (
-    Plan(10, size=DRY_SIZE),
-    Plan(10, BACKWARD, size=DRY_SIZE, stages=(1, 3)),
+    *(Plan(10, work, size=DRY_SIZE, stages=(1, 3)) for work in (FORWARD, BACKWARD)),
     Plan(2, size=DRY_SIZE, stages=(1,), timed=MANY),
     Plan(2, dtype=FLOAT32, size=DRY_SIZE, stages=(1,), timed=""),
 )

@@ -39,6 +39,9 @@ has on SIGINT, and our programs write their results."""
 
 GRACE = sum(seconds for _, seconds in ENDING if seconds is not None)
 
+DRY_SETTINGS = {"OMP_NUM_THREADS": "1"}
+"""Several threads gain nothing on small inputs, and lose much on shared cores."""
+
 POLL = 0.5
 """Seconds between two looks at the results of a running phase."""
 
@@ -105,7 +108,7 @@ def run_phase(
         process = subprocess.Popen(
             command(name, result, dry_run, limit),
             cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (DRY_SETTINGS if dry_run else {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
