@@ -7,39 +7,110 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-OLDEST = (8, 0)
-WITHOUT_GPU = ("8.0", "9.0", "10.0+PTX")
-"""Ampere, Hopper, Blackwell, and what newer GPUs translate for themselves."""
+OLDEST = 80
+WITHOUT_GPU = ("8.0", "9.0")
+"""Ampere, Ada and Hopper. Newer GPUs translate the PTX for themselves, once: their machine code
+would add half to the time of every build that may never see one."""
+GENERATIONS = (100, OLDEST)
+"""From each on, the compiler's first stage has instructions that the kernels gain from (packed
+float32 arithmetic). Architectures between two share that stage."""
+
+
+class ToolkitError(Exception):
+    """The CUDA part cannot be built: the text says why."""
 
 
 class Toolkit(NamedTuple):
-    """What to compile with, and for which GPUs in CMake's notation."""
+    """What to compile with, and for which GPUs: 90 is compute capability 9.0."""
 
     nvcc: Path
     version: str
-    architectures: str
+    architectures: tuple[int, ...]
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Architectures that share their PTX, which is that of the oldest."""
+        by_generation: dict[int, list[int]] = {}
+        for number in self.architectures:
+            first = next(first for first in GENERATIONS if number >= first)
+            by_generation.setdefault(first, []).append(number)
+        return [tuple(group) for group in by_generation.values()]
+
+    @property
+    def ptx(self) -> int:
+        """The architecture of the PTX that the library holds: the newest that there is."""
+        return self.groups[-1][0]
+
+    @property
+    def record(self) -> list[str]:
+        """Machine code by architecture, then the PTX: ``["80-real", "90-real", "80-virtual"]``."""
+        return [*(f"{number}-real" for number in self.architectures), f"{self.ptx}-virtual"]
+
+    @property
+    def flags(self) -> list[str]:
+        """nvcc's options that generate code, one for each group."""
+        flags = []
+        for group in self.groups:
+            code = [f"sm_{number}" for number in group]
+            code += [f"compute_{self.ptx}"] if self.ptx in group else []
+            flags.append(f"--generate-code=arch=compute_{group[0]},code=[{','.join(code)}]")
+        return flags
+
+    def __str__(self) -> str:
+        return f"{self.version} for {' '.join(map(str, self.architectures))}, PTX {self.ptx}"
 
 
-def find_toolkit() -> Toolkit | str:
-    """The toolkit that DSNET_CUDA = auto, 0 or 1 asks for, or why CUDA is not built.
+def cuda_wanted() -> str:
+    """DSNET_CUDA.
 
     Raises:
-        SystemExit: if DSNET_CUDA=1 and there is none, or for a malformed variable.
+        SystemExit: unless it is auto, 0, 1 or not there.
     """
     wanted = os.environ.get("DSNET_CUDA", "") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"DSNET_CUDA: expected auto, 0 or 1, got {wanted!r}")
-    if wanted == "0":
-        return "not built: DSNET_CUDA=0"
+    return wanted
+
+
+def find_toolkit() -> Toolkit | None:
+    """The toolkit on this machine, or None where there is no nvcc.
+
+    Raises:
+        ToolkitError: if nvcc does not run or knows none of the architectures.
+        SystemExit: for a malformed variable.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
-        looked = "CUDACXX, CUDA_HOME, PATH and /usr/local/cuda"
-        if wanted == "1":
-            raise SystemExit(f"DSNET_CUDA=1: expected nvcc in {looked}, found none")
-        return f"not built: no nvcc in {looked}"
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"V(\d+\.\d+\.\d+)", output)
-    return Toolkit(nvcc, release[1] if release else "unknown", cmake_architectures(_requested()))
+        return None
+    release = re.search(r"V(\d+\.\d+\.\d+)", _output(nvcc, "--version"))
+    version = release[1] if release else "unknown"
+    wanted = _requested()
+    known = _known(nvcc)
+    kept = tuple(number for number in wanted if number in known)
+    if not kept:
+        # The PTX of an older architecture serves.
+        kept = tuple(sorted(number for number in known if OLDEST <= number <= wanted[-1])[-1:])
+    if not kept:
+        names = ", ".join(map(str, wanted))
+        raise ToolkitError(f"nvcc {version} knows no architecture up to {names}")
+    return Toolkit(nvcc, version, kept)
+
+
+def _known(nvcc: Path) -> set[int]:
+    """The architectures that this nvcc compiles for."""
+    listed = re.findall(r"^compute_(\d+)$", _output(nvcc, "--list-gpu-arch"), re.MULTILINE)
+    return {int(number) for number in listed}
+
+
+def _output(nvcc: Path, option: str) -> str:
+    try:
+        done = subprocess.run([nvcc, option], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolkitError(f"{nvcc} {option}: {error}") from None
+    if done.returncode:
+        text = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        raise ToolkitError(f"{nvcc} {option}: {text.splitlines()[-1]}")
+    return done.stdout
 
 
 def find_nvcc() -> Path | None:
@@ -52,9 +123,10 @@ def find_nvcc() -> Path | None:
     return next((Path(path) for path in found if path), None)
 
 
-def _requested() -> list[str]:
+def _requested() -> list[int]:
+    """Ascending: those of TORCH_CUDA_ARCH_LIST, else of the visible GPUs, else the usual."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    return listed or _visible_gpus() or list(WITHOUT_GPU)
+    return architectures(listed or _visible_gpus() or list(WITHOUT_GPU))
 
 
 def _visible_gpus() -> list[str]:
@@ -64,26 +136,23 @@ def _visible_gpus() -> list[str]:
         output = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found = sorted(set(re.findall(r"^(\d+\.\d)$", output, re.MULTILINE)))
-    return [name for name in found if tuple(map(int, name.split("."))) >= OLDEST]
+    found = re.findall(r"^(\d+\.\d)$", output, re.MULTILINE)
+    return [name for name in found if int(name.replace(".", "")) >= OLDEST]
 
 
-def cmake_architectures(names: list[str]) -> str:
-    """``["8.0", "9.0a+PTX"]`` → ``"80-real;90a-real;90a-virtual"``.
+def architectures(names: list[str]) -> list[int]:
+    """``["9.0a", "8.0+PTX"]`` → ``[80, 90]``: no kernel uses what a and f add; PTX is always there.
 
     Raises:
         SystemExit: for a name that is not a compute capability of 8.0 or newer.
     """
-    architectures = []
+    found = set()
     for name in names:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if not match or (int(match[1]), int(match[2])) < OLDEST:
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if not match or int(match[1] + match[2]) < OLDEST:
             raise SystemExit(
                 f"TORCH_CUDA_ARCH_LIST: expected capabilities of 8.0 or newer such as"
                 f" '8.0 9.0+PTX', got {name!r}"
             )
-        number = match[1] + match[2] + match[3]
-        architectures.append(f"{number}-real")
-        if match[4]:
-            architectures.append(f"{number}-virtual")
-    return ";".join(architectures)
+        found.add(int(match[1] + match[2]))
+    return sorted(found)

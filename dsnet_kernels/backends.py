@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import devices
 
 BACKENDS = ("reference", "sdpa", "cpu", "triton", "cuda")
 """Every backend there is; ``"sdpa"`` is torch's scaled_dot_product_attention."""
@@ -215,16 +218,33 @@ def leading(names: str | Sequence[str] | None, device: str) -> str:
     )
 
 
-def available_backends(operation: str | None = None) -> tuple[str, ...]:
-    """Backends whose code is present and loadable here, for one operation or for any.
+def available_backends(
+    operation: str | None = None, *, device: str | torch.device | None = None
+) -> tuple[str, ...]:
+    """Backends with code for a device of this machine, for one operation or for any.
 
     Whether a backend runs on a given tensor is for :func:`explain` to say.
 
+    Args:
+        operation: its name; None asks for those that any operation has.
+        device: a type of device, such as ``"cuda"``, whose backends are wanted; None asks for
+            those of all devices of this machine.
+
+    Returns:
+        In the order of :data:`BACKENDS`; empty where the machine has no such device.
+
     Raises:
-        ValueError: for an unknown operation.
+        ValueError: for an unknown operation or type of device.
     """
     chosen = OPERATIONS.values() if operation is None else (_operation(operation),)
-    return tuple(name for name in BACKENDS if any(op.presence(name) is None for op in chosen))
+    kind = None if device is None else str(device).partition(":")[0]
+    if kind is not None and not devices.is_present(kind):
+        return ()
+    return tuple(
+        name
+        for name in BACKENDS
+        if any(op.presence(name) is None for op in chosen) and devices.refusal(name, kind) is None
+    )
 
 
 def _operation(name: str) -> Operation:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import native
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -109,6 +112,14 @@ def with_signature(function: Callable) -> Callable:
     return function
 
 
+def differentiates() -> bool:
+    """Whether a call goes through autograd: it may record, or a level of forward mode is open.
+
+    Our functions refuse forward mode; the raw operators would drop its tangents in silence.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     """Aliases repeats under ``torch.compile``, whose autograd functions refuse one tensor twice."""
     if not torch.compiler.is_compiling():
@@ -119,10 +130,15 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
+@native.constant_when_traced
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast(tensor: Tensor) -> Tensor:
     """Under autocast a float32 activation takes the autocast dtype, as a convolution's does."""
     device = tensor.device.type
-    if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+    if tensor.dtype != torch.float32 or not _has_autocast(device):
         return tensor
     if torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))

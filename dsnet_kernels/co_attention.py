@@ -87,6 +87,10 @@ def _sdpa_loses(local: Tensor, global_: Tensor, **_) -> str | None:
     return None
 
 
+def _gpu_loses(local: Tensor, global_: Tensor, **_) -> str | None:
+    return native.tf32_loss(local, "matmul")
+
+
 OPERATION = register(
     Operation(
         "co_attention",
@@ -103,7 +107,12 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
-        loses={"cpu": _cpu_loses, "sdpa": _sdpa_loses},
+        loses={
+            "cpu": _cpu_loses,
+            "triton": _gpu_loses,
+            "cuda": _gpu_loses,
+            "sdpa": _sdpa_loses,
+        },
     )
 )
 
@@ -209,9 +218,52 @@ class _CoAttention(torch.autograd.Function):
 
     @staticmethod
     @checks.with_signature
-    def forward(*arguments):
-        *operands, name = arguments
-        return getattr(torch.ops.dsnet_kernels, name)(*operands)
+    def forward(
+        local,
+        global_,
+        num_heads,
+        global_norm_weight,
+        global_norm_bias,
+        local_qkv_weight,
+        local_qkv_bias,
+        global_qkv_weight,
+        global_qkv_bias,
+        local_proj_weight,
+        local_proj_bias,
+        global_proj_weight,
+        global_proj_bias,
+        local_scale,
+        local_shift,
+        eps,
+        dropout_p,
+        seed,
+        absorbed,
+        keep_qkv,
+        name,
+    ):
+        # Spelled out: torch.compile counts them to tell whether the first is ctx.
+        return getattr(torch.ops.dsnet_kernels, name)(
+            local,
+            global_,
+            num_heads,
+            global_norm_weight,
+            global_norm_bias,
+            local_qkv_weight,
+            local_qkv_bias,
+            global_qkv_weight,
+            global_qkv_bias,
+            local_proj_weight,
+            local_proj_bias,
+            global_proj_weight,
+            global_proj_bias,
+            local_scale,
+            local_shift,
+            eps,
+            dropout_p,
+            seed,
+            absorbed,
+            keep_qkv,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -425,7 +477,7 @@ def co_attention(
     name = TRITON if chosen == "triton" else NATIVE
     tokens = local.flatten(2).transpose(1, 2)
     options = (eps, dropout_p, seed, absorbed)
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         results = operator(
             tokens, global_, num_heads, *parameters, local_scale, local_shift, *options, False
@@ -434,7 +486,7 @@ def co_attention(
         tokens, global_, *parameters = checks.distinct(
             tokens, global_, *parameters, local_scale, local_shift
         )
-        keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(local)
+        keep_qkv = name == NATIVE and keeps_qkv(local)
         results = _CoAttention.apply(
             tokens, global_, num_heads, *parameters, *options, keep_qkv, name
         )

@@ -158,7 +158,7 @@ def depthwise_conv3x3(
     if chosen == "reference":
         return reference(x, weight, bias, scale=scale, shift=shift, residual=residual)
     name = TRITON if chosen == "triton" else NATIVE
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(x, weight, bias, scale, shift, residual)
     return _DepthwiseConv3x3.apply(*checks.distinct(x, weight, bias, scale, shift), residual, name)

@@ -42,6 +42,10 @@ def _sdpa_can_run(x: Tensor, dropout_p: float = 0.0, **_) -> str | None:
     return None
 
 
+def _gpu_loses(x: Tensor, **_) -> str | None:
+    return native.tf32_loss(x, "matmul")
+
+
 OPERATION = register(
     Operation(
         "global_attention",
@@ -58,6 +62,7 @@ OPERATION = register(
             "cuda": _cuda_can_run,
             "sdpa": _sdpa_can_run,
         },
+        loses={"triton": _gpu_loses, "cuda": _gpu_loses},
     )
 )
 
@@ -244,10 +249,10 @@ def global_attention(
     if chosen == "reference":
         return reference(x, num_heads, *parameters, eps=eps, dropout_p=dropout_p, seed=seed)
     name = TRITON if chosen == "triton" else NATIVE
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(x, num_heads, *parameters, eps, dropout_p, seed, False)[0]
     x, *parameters = checks.distinct(x, *parameters)
-    keep_qkv = name == NATIVE and torch.is_grad_enabled() and keeps_qkv(x)
+    keep_qkv = name == NATIVE and keeps_qkv(x)
     arguments = (x, num_heads, *parameters, eps, dropout_p, seed, keep_qkv, name)
     return _GlobalAttention.apply(*arguments)[0]

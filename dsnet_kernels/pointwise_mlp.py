@@ -36,6 +36,27 @@ def _triton_can_run(x: Tensor, fc1_weight: Tensor) -> str | None:
     return triton.can_run(x) or _kernel_refusal(x, fc1_weight)
 
 
+FUSED_WIDTH = 128
+"""Channels up to which the CUDA kernel keeps the hidden activations on the chip."""
+
+
+def _triton_loses(x: Tensor, fc1_weight: Tensor) -> str | None:
+    return native.tf32_loss(x, "conv")
+
+
+def _cuda_loses(x: Tensor, fc1_weight: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return None
+    if x.dtype == torch.float32:
+        reason = "its float32 products leave the tensor cores idle"
+    elif x.shape[1] > FUSED_WIDTH:
+        reason = f"above {FUSED_WIDTH} channels its products are made for GPUs before Hopper"
+    else:
+        return None
+    tf32 = native.tf32_loss(x, "conv")
+    return tf32 or f"{reason} (predicted to be slower than cuBLAS, not measured)"
+
+
 OPERATION = register(
     Operation(
         "pointwise_mlp",
@@ -46,6 +67,7 @@ OPERATION = register(
             "cuda": native.cuda_refusal,
         },
         can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
+        loses={"triton": _triton_loses, "cuda": _cuda_loses},
     )
 )
 
@@ -222,7 +244,7 @@ def pointwise_mlp(
         return reference(x, *parameters, scale=scale, shift=shift, branch_scale=branch_scale)
     name = TRITON if chosen == "triton" else NATIVE
     operands = (x, *parameters, scale, shift, branch_scale)
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         return getattr(torch.ops.dsnet_kernels, name)(*operands, False)[0]
-    keep_hidden = torch.is_grad_enabled() and keeps_hidden(x)
+    keep_hidden = keeps_hidden(x)
     return _PointwiseMlp.apply(*checks.distinct(*operands), keep_hidden, name)[0]

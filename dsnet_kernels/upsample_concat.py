@@ -37,6 +37,10 @@ def _triton_can_run(local: Tensor, global_: Tensor) -> str | None:
     return triton.can_run(local, "local") or _kernel_refusal(local, global_)
 
 
+def _gpu_loses(local: Tensor, global_: Tensor) -> str | None:
+    return native.tf32_loss(local, "conv")
+
+
 OPERATION = register(
     Operation(
         "upsample_concat",
@@ -47,6 +51,7 @@ OPERATION = register(
             "cuda": native.cuda_refusal,
         },
         can_run={"cpu": _cpu_can_run, "triton": _triton_can_run, "cuda": _cuda_can_run},
+        loses={"triton": _gpu_loses, "cuda": _gpu_loses},
     )
 )
 
@@ -188,7 +193,7 @@ def upsample_concat(
     if chosen == "reference":
         return reference(local, global_, weight, bias, residual, branch_scale=branch_scale)
     name = TRITON if chosen == "triton" else NATIVE
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    if not checks.differentiates():
         operator = getattr(torch.ops.dsnet_kernels, name)
         return operator(local, global_, weight, bias, residual, branch_scale)
     operands = checks.distinct(local, global_, weight, bias, residual, branch_scale)

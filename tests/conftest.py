@@ -24,6 +24,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "MIN_ROUNDS", 1)
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What was asked of a GPU or a library in one test is asked again in the next."""
+    from dsnet_kernels import native
+
+    for cached in (native.gpu_capability, native._library_refusal, native.cuda_versions):
+        cached.cache_clear()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -1,5 +1,8 @@
 """Builds the modules that run the CUDA sources on the CPU, once per state of the sources.
 
+The compiler fuses products and sums wherever it may, as nvcc does, if the processor has the
+instruction. ``DSNET_EMULATOR_CONTRACT=0`` builds without: the tests must pass both ways.
+
 ``DSNET_EMULATOR_SANITIZE=1`` builds with AddressSanitizer and UBSan; the interpreter then needs
 their runtimes preloaded: ``LD_PRELOAD="$(g++ -print-file-name=libasan.so)
 $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0``.
@@ -10,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -31,13 +35,24 @@ def _sanitize() -> bool:
     return os.environ.get("DSNET_EMULATOR_SANITIZE", "0") == "1"
 
 
+def contraction() -> tuple[list[str], str]:
+    """Flags that let the compiler fuse a product and a sum, or forbid it; and why it may not."""
+    if os.environ.get("DSNET_EMULATOR_CONTRACT", "1") == "0":
+        return ["-ffp-contract=off"], "DSNET_EMULATOR_CONTRACT=0"
+    if platform.machine() in ("aarch64", "arm64"):
+        return ["-ffp-contract=fast"], ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "fma" in cpuinfo.read_text("utf-8").split():
+        return ["-ffp-contract=fast", "-mfma"], ""
+    return ["-ffp-contract=off"], "this processor has no fused multiply-add, or does not say so"
+
+
 def _command(name: str) -> list[str]:
     sources = [ROOT / "csrc" / "emulator" / file for file in EMULATOR]
     sources.append(ROOT / "tests" / "emulator" / f"{name}.cpp")
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]
     includes += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    # Products and sums are contracted where the source says fma, and nowhere else.
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *contraction()[0]]
     sanitizers = SANITIZERS if _sanitize() else []
     compiler = os.environ.get("CXX", "g++").split()
     return [

@@ -1,12 +1,18 @@
 """A network small enough for quick tests, and images for it."""
 
+import importlib
+from contextlib import ExitStack
+from unittest import mock
+
 import torch
 from torch import nn
 
 from dsnet.model import DSNet
 from dsnet.variants import Variant
+from dsnet_kernels import backends
 
-SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+SMALL = Variant(depths=(1, 1, 2, 1), embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4))
+"""Its heads have 16 channels, so that both attentions run on the kernels."""
 
 
 def small(cls=DSNet, dtype=torch.float64, variant=SMALL, **kwargs):
@@ -36,6 +42,22 @@ def randomise(module, seed=0):
             noise = noise / tensor[0].numel() ** 0.5
         tensor.copy_(noise)
     return module
+
+
+def backends_chosen(model, x):
+    """The backend of each operation that ``model(x)`` runs, one after the other."""
+    chosen = []
+
+    def record(*args, **kwargs):
+        chosen.append(backends.select(*args, **kwargs))
+        return chosen[-1]
+
+    with ExitStack() as stack:
+        for name in backends.OPERATIONS:
+            module = importlib.import_module(f"dsnet_kernels.{name}")
+            stack.enter_context(mock.patch.object(module, "select", record))
+        model(x)
+    return chosen
 
 
 def images(height=64, width=64, batch=2, channels=3, dtype=torch.float64, seed=1):

@@ -1,9 +1,14 @@
 """What the build decides, and what it leaves behind for ``info``."""
 
 import importlib
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from dsnet_kernels import native
@@ -34,55 +39,209 @@ def torch_location(monkeypatch):
 
 def program(path: Path, output: str) -> Path:
     """An executable that prints ``output``."""
+    return script(path, f"/bin/cat <<'END'\n{output}\nEND\n")
+
+
+def script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n".replace("cat", "/bin/cat"))
+    path.write_text(f"#!/bin/sh\n{text}")
     path.chmod(0o755)
     return path
 
 
-NVCC = "Cuda compilation tools, release 13.0, V13.0.88"
+def fake_nvcc(path: Path, known=(75, 80, 86, 90, 100, 120), version="13.0.88") -> Path:
+    """An nvcc that says its version and architectures, and compiles nothing."""
+    listed = " ".join(f"compute_{number}" for number in known)
+    return script(
+        path,
+        "case $1 in\n"
+        f"--version) echo 'Cuda compilation tools, release 13.0, V{version}' ;;\n"
+        f"--list-gpu-arch) for name in {listed}; do echo $name; done ;;\n"
+        '*) echo "$0: error: cannot compile" >&2; exit 1 ;;\nesac\n',
+    )
 
 
-def test_no_toolkit_is_a_reason_unless_it_is_required(cuda_toolkit, monkeypatch):
-    assert cuda_toolkit.find_toolkit().startswith("not built: no nvcc in CUDACXX")
-    monkeypatch.setenv("DSNET_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"DSNET_CUDA=1: expected nvcc in .* found none"):
-        cuda_toolkit.find_toolkit()
+def test_no_toolkit_is_none(cuda_toolkit):
+    assert cuda_toolkit.find_toolkit() is None
 
 
-def test_cuda_can_be_refused_and_mistyped(cuda_toolkit, monkeypatch, tmp_path):
-    program(tmp_path / "nvcc", NVCC)
-    monkeypatch.setenv("DSNET_CUDA", "0")
-    assert cuda_toolkit.find_toolkit() == "not built: DSNET_CUDA=0"
+def test_cuda_can_be_mistyped(cuda_toolkit, monkeypatch):
+    assert cuda_toolkit.cuda_wanted() == "auto"
     monkeypatch.setenv("DSNET_CUDA", "yes")
     with pytest.raises(SystemExit, match="DSNET_CUDA: expected auto, 0 or 1, got 'yes'"):
-        cuda_toolkit.find_toolkit()
+        cuda_toolkit.cuda_wanted()
 
 
 def test_toolkit_is_looked_for_in_order(cuda_toolkit, monkeypatch, tmp_path):
-    on_path = program(tmp_path / "nvcc", NVCC)
-    found = cuda_toolkit.find_toolkit()
-    assert found == (on_path, "13.0.88", "80-real;90-real;100-real;100-virtual")
-    home = program(tmp_path / "home/bin/nvcc", NVCC)
+    on_path = fake_nvcc(tmp_path / "nvcc")
+    assert cuda_toolkit.find_toolkit() == (on_path, "13.0.88", (80, 90))
+    home = fake_nvcc(tmp_path / "home/bin/nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert cuda_toolkit.find_toolkit().nvcc == home
-    named = program(tmp_path / "other/nvcc", NVCC)
+    named = fake_nvcc(tmp_path / "other/nvcc")
     monkeypatch.setenv("CUDACXX", str(named))
     assert cuda_toolkit.find_toolkit().nvcc == named
 
 
 def test_architectures_are_named_visible_or_default(cuda_toolkit, monkeypatch, tmp_path):
-    program(tmp_path / "nvcc", NVCC)
+    fake_nvcc(tmp_path / "nvcc")
     program(tmp_path / "nvidia-smi", "9.0\n7.5\n9.0")
-    assert cuda_toolkit.find_toolkit().architectures == "90-real"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
-    assert cuda_toolkit.find_toolkit().architectures == "80-real;90a-real;120-real;120-virtual"
+    assert cuda_toolkit.find_toolkit().record == ["90-real", "90-virtual"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0+PTX 8.0 9.0a;10.0")
+    found = cuda_toolkit.find_toolkit()
+    assert found.record == ["80-real", "90-real", "100-real", "120-real", "100-virtual"]
+    assert found.flags == [
+        "--generate-code=arch=compute_80,code=[sm_80,sm_90]",
+        "--generate-code=arch=compute_100,code=[sm_100,sm_120,compute_100]",
+    ]
+    assert str(found) == "13.0.88 for 80 90 100 120, PTX 100"
+
+
+def test_architectures_are_those_that_nvcc_knows(cuda_toolkit, monkeypatch, tmp_path):
+    fake_nvcc(tmp_path / "nvcc", known=(50, 80, 86, 90))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0 10.0+PTX")
+    found = cuda_toolkit.find_toolkit()
+    assert found.record == ["80-real", "90-real", "80-virtual"]
+    assert found.flags == ["--generate-code=arch=compute_80,code=[sm_80,sm_90,compute_80]"]
+
+
+def test_a_gpu_newer_than_nvcc_gets_ptx_that_it_translates(cuda_toolkit, tmp_path):
+    fake_nvcc(tmp_path / "nvcc", known=(50, 80, 86, 90))
+    program(tmp_path / "nvidia-smi", "12.0")
+    assert cuda_toolkit.find_toolkit().record == ["90-real", "90-virtual"]
+
+
+def test_an_nvcc_that_knows_no_architecture_is_an_error(cuda_toolkit, tmp_path):
+    fake_nvcc(tmp_path / "nvcc", known=(50, 75))
+    with pytest.raises(cuda_toolkit.ToolkitError, match="knows no architecture up to 80, 90"):
+        cuda_toolkit.find_toolkit()
+
+
+def test_an_nvcc_that_does_not_run_is_an_error(cuda_toolkit, tmp_path):
+    script(tmp_path / "nvcc", "echo libcudafe.so: not found >&2; exit 127\n")
+    with pytest.raises(cuda_toolkit.ToolkitError, match=r"--version: libcudafe\.so: not found"):
+        cuda_toolkit.find_toolkit()
 
 
 @pytest.mark.parametrize("name", ["7.5", "Hopper", "90", "8.0+SASS"])
 def test_architectures_that_kernels_cannot_have(cuda_toolkit, name):
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected .* got"):
-        cuda_toolkit.cmake_architectures([name])
+        cuda_toolkit.architectures([name])
+
+
+@pytest.fixture
+def cuda_build(cuda_toolkit):
+    return importlib.import_module("cuda_build")
+
+
+@pytest.fixture
+def setup_module(monkeypatch, cuda_toolkit, tmp_path):
+    """setup.py as a module, and its command with folders of its own."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    command = module["CMakeBuild"](setuptools.Distribution())
+    command.build_temp = str(tmp_path / "temp")
+    for name in ("cmake", "cuda"):
+        (tmp_path / "temp" / name).mkdir(parents=True)
+    (tmp_path / "temp/cmake/CMakeCache.txt").write_text("CMAKE_CXX_COMPILER:FILEPATH=/bin/c++\n")
+    (tmp_path / "package").mkdir()
+    return module, command
+
+
+def build_cuda(command, wanted, tmp_path):
+    return command._build_cuda(wanted, Path(torch.__file__).parent, tmp_path / "package")
+
+
+def test_a_failed_cuda_part_is_recorded(setup_module, monkeypatch, tmp_path, capfd):
+    _, command = setup_module
+    nvcc = fake_nvcc(tmp_path / "nvcc")
+    stale = tmp_path / "package/libdsnet_kernels_cuda.so"
+    stale.touch()
+    monkeypatch.setenv("MAX_JOBS", "1")
+    record = build_cuda(command, "auto", tmp_path)
+    failure = f"nvcc co_attention for 80 90: {nvcc}: error: cannot compile"
+    assert record == {
+        "CUDA": f"not built: {failure}",
+        "cuda_toolkit": "13.0.88",
+        "cuda_architectures": [],
+        "cuda_failure": failure,
+    }
+    assert not stale.exists()
+    output = capfd.readouterr().out
+    assert output.startswith("nvcc co_attention for 80 90\n")
+    assert output.count("\nnvcc ") < 3  # No more are begun.
+    with pytest.raises(SystemExit, match="DSNET_CUDA=1: nvcc co_attention for 80 90: "):
+        build_cuda(command, "1", tmp_path)
+
+
+def test_no_cuda_part_is_no_failure_unless_it_is_required(setup_module, tmp_path):
+    _, command = setup_module
+    for wanted, reason in (("auto", "no nvcc in CUDACXX"), ("0", "DSNET_CUDA=0")):
+        record = build_cuda(command, wanted, tmp_path)
+        assert record["CUDA"].startswith(f"not built: {reason}")
+        assert record["cuda_failure"] is None
+    with pytest.raises(SystemExit, match=r"DSNET_CUDA=1: expected nvcc in .* found none"):
+        build_cuda(command, "1", tmp_path)
+
+
+def test_cores_are_counted_where_affinity_does_not_exist(setup_module, monkeypatch):
+    module, _ = setup_module
+    assert module["cores"]() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert module["cores"]() == 7
+
+
+def test_a_unit_is_compiled_again_where_a_header_changed(cuda_build, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    header, source, output = tmp_path / "a.h", tmp_path / "a.cpp", tmp_path / "a.o"
+    header.write_text("inline int f() { return 1; }\n")
+    source.write_text('#include "a.h"\nint g() { return f(); }\n')
+    command = ["c++", *cuda_build.dependencies(output), "-c", str(source), "-o", str(output)]
+    unit = cuda_build.Unit("compile a", tuple(command), output)
+    for _ in range(2):
+        cuda_build._compile(unit)
+    assert capfd.readouterr().out == "compile a\ncompile a: 0 CPU s\n"
+    os.utime(header, (2**32, 2**32))
+    cuda_build._compile(unit)
+    assert capfd.readouterr().out == "compile a\ncompile a: 0 CPU s\n"
+
+
+def test_seconds_of_a_command_include_its_children(cuda_build):
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    done = cuda_build.run(["/bin/sh", "-c", f"{sys.executable} -c '{busy}'; true"], "busy")
+    assert 0.3 <= done.seconds < 3
+
+
+def test_commit_is_that_of_the_checkout(monkeypatch, cuda_toolkit, tmp_path):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    commit_of = importlib.import_module("commit").commit_of
+    assert commit_of(tmp_path) is None
+
+    def git(*arguments):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", *name, "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "file").write_text("1")
+    git("init", "--quiet")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "one")
+    git("tag", "-a", "v1", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert commit_of(tmp_path) == head
+    (tmp_path / "file").write_text("2")
+    assert commit_of(tmp_path) == f"{head}-dirty"
+
+
+def test_a_report_outside_a_checkout_has_the_commit_of_the_build(monkeypatch, tmp_path):
+    from dsnet.bench import report
+
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "dsnet/bench/report.py"))
+    monkeypatch.setattr(native, "build_record", lambda: {"commit": "abc"})
+    assert report.environment("x")["commit"] == "abc"
+    monkeypatch.setattr(native, "build_record", lambda: None)
+    assert report._commit() is None
 
 
 def test_torch_is_found_without_importing_it(torch_location):
@@ -112,10 +271,24 @@ def introspection():
     return module
 
 
-def test_record_is_the_same_in_the_file_and_in_the_module(introspection):
+def test_record_says_what_was_built():
     record = native.build_record()
-    assert introspection.build_configuration() == record
-    assert {"compiler", "torch", "stable ABI", "CPU", "CUDA", "flags"} == set(record)
+    assert set(record) == {
+        "compiler",
+        "torch",
+        "stable ABI",
+        "CPU",
+        "flags",
+        "CUDA",
+        "cuda_toolkit",
+        "cuda_architectures",
+        "cuda_failure",
+        "commit",
+    }
+    assert isinstance(record["cuda_architectures"], list)
+    if native.CUDA.path.exists():
+        assert record["cuda_architectures"][-1].endswith("-virtual")
+        assert record["cuda_failure"] is None
 
 
 def test_capability_is_checked(introspection):

@@ -1,4 +1,4 @@
-"""co_attention beyond what every operation is held to: padded keys, dropout, forms, memory."""
+"""co_attention beyond what every operation is held to: dropout, forms, memory."""
 
 from functools import partial
 
@@ -9,14 +9,12 @@ from harness import (
     assert_same_bits,
     compare,
     evaluate,
-    exact_results,
     generator,
     inputs_on,
     mapped,
     run,
     sample,
 )
-from layouts import followed_by_nan
 from peak_memory import printed_by
 from torch.nn import functional as F
 from variants import OnDevice, on_variants, variants
@@ -26,8 +24,6 @@ from dsnet_kernels import BackendUnavailable, co_attention, native
 from dsnet_kernels.backends import OPERATIONS
 from dsnet_kernels.co_attention import absorbs
 from dsnet_kernels.reference import co_attention as reference
-from dsnet_kernels.reference.co_attention import co_attend
-from dsnet_kernels.reference.common import attend
 from dsnet_kernels.reference.dropout import keep_mask
 
 on_every_kernel = on_variants(CASE.name, lambda variant: variant.is_kernel)
@@ -67,64 +63,6 @@ def test_keeping_the_projections_changes_nothing_and_the_backward_needs_them(var
         ):
             with pytest.raises(RuntimeError, match=reason):
                 backward(grad_local, grads[1], local, global_, *plain[2:], *kept, *others, *options)
-
-
-# Padded keys
-
-SMALL_PAIRS = [(9, 1), (1, 9), (63, 50), (49, 65)]
-"""N and M about the extents of tiles."""
-PAIRS = [*SMALL_PAIRS, (1, 1), (9, 49), (50, 63), (64, 64), (65, 9), (1025, 64), (65, 1025)]
-
-
-def with_logits_around(inputs, logit):
-    """Shifts the logits of both directions by ``logit``, those of the absorbed form too.
-
-    That one leaves out what is the same for all of a query's keys. The local tokens themselves are
-    therefore moved by the u with W_q·u = s, W_k·u = −s, W_v·u = 0; d·(−s²)/√d is the logit.
-    """
-    dim = inputs["local_proj_weight"].shape[1]
-    size = (abs(logit) / (dim // inputs["num_heads"]) ** 0.5) ** 0.5
-    shift = inputs["local"].new_tensor([size, -size, 0.0]).repeat_interleave(dim)
-    bias = inputs["global_qkv_bias"] + shift
-    move = torch.linalg.pinv(inputs["local_qkv_weight"]) @ shift
-    local = inputs["local"] + (move / inputs["local_scale"]).view(-1, 1, 1)
-    return inputs | {"global_qkv_bias": bias, "local": local}
-
-
-@in_both_forms
-@on_every_kernel
-@pytest.mark.parametrize("logit", [-100, -500])
-def test_keys_that_pad_a_tile_never_win(variant, logit, absorbed):
-    """A padded key has the logit 0, far above the real ones."""
-    pairs, heads, width = (PAIRS, 2, 72) if variant.is_compiled else (SMALL_PAIRS, 1, 32)
-    # Logits are wrong by some of their roundings, weights by as much of their size. A padded key
-    # that wins is an error of the results' own size.
-    tolerance = 16 * torch.finfo(torch.float32).eps * abs(logit)
-    for seed, (local_tokens, tokens) in enumerate(pairs):
-        shape = (1, 1, local_tokens, tokens, heads, 8, width, 24)
-        inputs, grads = sample(CASE, shape, seed=seed, option={"absorbed": absorbed})
-        inputs = with_logits_around(inputs, logit)
-        oracle = exact_results(CASE, inputs, grads)
-        inputs |= {name: followed_by_nan(inputs[name]) for name in CASE.activations}
-        with variant.active():
-            got = run(CASE, variant, inputs, [followed_by_nan(grad) for grad in grads])
-        for name, exact in oracle.items():
-            error = (got[name].double() - exact).abs().max() / exact.abs().max()
-            assert error <= tolerance, f"{name} of {local_tokens} × {tokens}: {error:.3g}"
-
-
-def test_a_padded_key_of_logit_zero_would_show():
-    """In both directions, by far more than the test above tolerates."""
-
-    def padded(q, k, v, first_head):
-        k, v = (F.pad(rows, (0, 0, 0, 1)) for rows in (k, v))
-        return attend(q, k, v, 0.0)
-
-    inputs, _ = sample(CASE, (1, 1, 9, 50, 2, 8, 72, 24), torch.float64)
-    inputs = with_logits_around(inputs, -100)
-    expected, found = reference(**inputs), co_attend(padded, **inputs, eps=1e-5)
-    for stream, other in zip(expected, found, strict=True):
-        assert (stream - other).abs().max() > 0.01 * stream.abs().max()
 
 
 # Dropout

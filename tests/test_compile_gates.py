@@ -9,6 +9,7 @@ from benchmarks.compile_gates import nvcc
 from benchmarks.compile_gates.nvcc import GateError, Resources
 
 NVCC = nvcc.find_nvcc()
+CUDA = nvcc.cuda_build.SOURCES / "cuda"
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc: none in CUDACXX, CUDA_HOME or PATH")
 
 REPORT = """\
@@ -134,12 +135,19 @@ def test_checked_in_table_is_as_update_writes_it(tmp_path):
 
 
 def test_checked_in_table_has_every_kernel_of_the_sources_on_every_target():
-    sources = "".join(path.read_text("utf-8") for path in nvcc.SOURCE.parent.glob("*.cuh"))
+    sources = "".join(path.read_text("utf-8") for path in CUDA.glob("*.cu*"))
     names = set(re.findall(r"__global__[^;{]*?\b(\w+)\(\s*const", sources))
     _, kernels = nvcc.read_table()
     assert {kernel.partition("<")[0] for kernel in kernels} == names
     targets = [f"sm_{architecture}" for architecture in nvcc.ARCHITECTURES]
     assert all(list(found) == targets for found in kernels.values())
+
+
+@pytest.fixture
+def gate_reports():
+    if NVCC is None:
+        pytest.skip("nvcc: none in CUDACXX, CUDA_HOME or PATH")
+    return nvcc.compile_kernels(NVCC)
 
 
 def included(path):
@@ -148,11 +156,32 @@ def included(path):
     return names.union(*(included(path.with_name(name)) for name in names))
 
 
-def test_every_kernel_header_is_in_the_translation_unit():
-    folder = nvcc.SOURCE.parent
-    headers = {p.name for p in folder.glob("*.cuh") if "__global__" in p.read_text("utf-8")}
+def test_every_kernel_header_is_in_a_translation_unit():
+    headers = {p.name for p in CUDA.glob("*.cuh") if "__global__" in p.read_text("utf-8")}
     assert headers
-    assert headers <= included(nvcc.SOURCE)
+    assert headers <= set().union(*(included(unit) for unit in nvcc.cuda_build.kernel_units()))
+
+
+def test_the_units_that_start_first_exist():
+    units = [path.stem for path in nvcc.cuda_build.kernel_units()]
+    assert tuple(units[: len(nvcc.cuda_build.LONGEST)]) == nvcc.cuda_build.LONGEST
+
+
+def test_slow_units_and_many_kernels_fail(monkeypatch):
+    reports = {"a": nvcc.UnitReport(REPORT, 45.0), "b": nvcc.UnitReport(REPORT, 45.6)}
+    assert nvcc.bounds_broken(reports) == ["b: 46 CPU seconds, not 45"]
+    monkeypatch.setattr(nvcc, "KERNELS_BOUND", 1)
+    assert nvcc.bounds_broken(reports)[1:] == ["2 kernels, not 1"]
+
+
+def test_no_kernel_is_in_two_units(gate_reports):
+    places = [
+        (kernel, unit)
+        for unit, report in gate_reports.items()
+        for kernel in {found["kernel"] for found in nvcc.ENTRY.finditer(report.text)}
+    ]
+    twice = {kernel for kernel, _ in places if [k for k, _ in places].count(kernel) > 1}
+    assert not twice
 
 
 @needs_nvcc
@@ -161,15 +190,15 @@ def test_kernels_take_what_the_table_allows(capsys):
     output = capsys.readouterr()
     print(output.out)
     assert status == 0, output.err
+    assert re.search(r"^  co_attention_backward +\d+ kernels +\d+\.\d CPU s$", output.out, re.M)
 
 
 @needs_nvcc
 def test_source_that_does_not_compile_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "kernels.cu").write_text("__global__ void f() { undeclared(); }\n")
-    monkeypatch.setattr(nvcc, "SOURCE", tmp_path / "kernels.cu")
     monkeypatch.setattr(nvcc, "CACHE", tmp_path / "cache")
     with pytest.raises(GateError, match='identifier "undeclared" is undefined'):
-        nvcc.compile_kernels(NVCC)
+        nvcc.compile_kernels(NVCC, [tmp_path / "kernels.cu"])
 
 
 @needs_nvcc
@@ -185,8 +214,9 @@ def test_spill_that_the_compiler_makes_is_found(tmp_path, monkeypatch):
     }
     """
     (tmp_path / "kernels.cu").write_text(source)
-    monkeypatch.setattr(nvcc, "SOURCE", tmp_path / "kernels.cu")
     monkeypatch.setattr(nvcc, "CACHE", tmp_path / "cache")
-    found = nvcc.demangle(nvcc.parse(nvcc.compile_kernels(NVCC)))
+    report = nvcc.compile_kernels(NVCC, [tmp_path / "kernels.cu"])["kernels"]
+    assert report.seconds > 0.1
+    found = nvcc.demangle(nvcc.parse(report.text))
     assert all(resources.spills > 0 for resources in found["spilling"].values())
     assert any("expected no spills" in f for f in nvcc.compare(found, TABLE, True).failures)

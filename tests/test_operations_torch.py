@@ -109,8 +109,9 @@ def test_forward_mode_and_second_derivatives_raise_rather_than_lie(case, variant
 
     tensor = inputs[name]
     with variant.active():
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.func.jvp(function, (tensor,), (tensor,))
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="jvp"):
+                torch.func.jvp(function, (tensor,), (tensor,))
         tensor.requires_grad_()
         (grad,) = torch.autograd.grad(function(tensor), tensor, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):

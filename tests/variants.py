@@ -1,5 +1,6 @@
 """What an operation can be run on here: backends, instruction sets, and stand-ins for a GPU."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 import dsnet_kernels
 from dsnet_kernels import native, triton
-from dsnet_kernels.backends import OPERATIONS
+from dsnet_kernels.backends import BACKENDS, OPERATIONS
 from dsnet_kernels.checks import FLOATING
 
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +100,8 @@ def variants(operation: str) -> list[Variant]:
 
     Under ``TRITON_INTERPRET=1`` that is Triton's alone; the others need no second run.
     """
-    present = dsnet_kernels.available_backends(operation)
+    known = OPERATIONS[operation]
+    present = [name for name in BACKENDS if known.presence(name) is None]
     if triton.INTERPRETED:
         found = [Variant(operation, "triton", stand_in="interpreted")]
         return found if "triton" in present else []
@@ -151,3 +153,6 @@ class OnDevice:
 
     def get_device(self) -> int:
         return 0
+
+    def numel(self) -> int:
+        return math.prod(self.shape)

@@ -4,6 +4,8 @@
 takes more registers or shared memory than the table allows, or is not in it. ``--update`` rewrites
 the table, with the compiler's version. Another compiler's register counts are reported and do not
 fail; its spills do.
+
+The CPU seconds of each unit and the number of its kernels are printed, and have bounds.
 """
 
 import argparse
@@ -15,19 +17,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_backend.cuda_toolkit import find_nvcc
-
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
+# Modules of the build find each other by their short names.
+sys.path.append(str(ROOT / "build_backend"))
+import cuda_build  # noqa: E402
+from cuda_toolkit import Toolkit, ToolkitError, find_nvcc  # noqa: E402
+
 TABLE = Path(__file__).with_suffix(".json")
 CACHE = ROOT / ".cache" / "nvcc"
 
-ARCHITECTURES = ("80", "90", "100")
-FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-c")
+ARCHITECTURES = (80, 90, 100)
+SECONDS_BOUND = 45.0
+"""CPU seconds of one unit for all architectures."""
+KERNELS_BOUND = 200
+"""Kernels of all units."""
 
 
 class GateError(Exception):
@@ -42,6 +49,14 @@ class Resources:
     shared: int
     stack: int
     spills: int
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What ``ptxas -v`` prints of one unit, and the CPU seconds that its compilation took."""
+
+    text: str
+    seconds: float
 
 
 Kernels = Mapping[str, Mapping[str, Resources]]
@@ -69,25 +84,59 @@ def nvcc_version(nvcc: Path) -> str:
     return match[1]
 
 
-def compile_kernels(nvcc: Path) -> str:
-    """The report of ``ptxas -v``, from the cache where sources, flags and compiler are the same."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    digest = hashlib.sha256(json.dumps([nvcc_version(nvcc), FLAGS, targets]).encode())
-    folders = (SOURCE.parent, ROOT / "csrc" / "common")
-    for path in sorted(p for folder in folders for p in folder.iterdir() if p.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    cached = CACHE / f"{digest.hexdigest()[:16]}.txt"
-    if cached.exists():
-        return cached.read_text("utf-8")
+def compile_kernels(nvcc: Path, sources: Sequence[Path] = ()) -> dict[str, UnitReport]:
+    """The report of each unit, from the cache where sources, flags and compiler are the same.
+
+    Raises:
+        GateError: if a unit does not compile.
+    """
+    toolkit = Toolkit(nvcc, nvcc_version(nvcc), ARCHITECTURES)
+    flags = (*cuda_build.FLAGS, *toolkit.flags, "-Xptxas", "-v")
+    digest = hashlib.sha256(json.dumps([toolkit.version, flags]).encode())
+    for folder in (cuda_build.SOURCES / "cuda", cuda_build.SOURCES / "common"):
+        for path in sorted(p for p in folder.iterdir() if p.suffix != ".cu" and p.is_file()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+
+    def report(source: Path) -> UnitReport:
+        own = digest.copy()
+        own.update(source.read_bytes())
+        cached = CACHE / f"{source.stem}-{own.hexdigest()[:16]}.json"
+        if cached.exists():
+            return UnitReport(**json.loads(cached.read_text("utf-8")))
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            output = ["-o", str(Path(scratch, "kernels.o")), str(source)]
+            try:
+                done = cuda_build.run([str(nvcc), *flags, "-c", *output], source.name)
+            except ToolkitError as error:
+                raise GateError(str(error)) from None
+            found = UnitReport(done.output, done.seconds)
+            written = Path(scratch, cached.name)
+            written.write_text(json.dumps(dataclasses.asdict(found)), "utf-8")
+            os.replace(written, cached)
+        return found
+
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        threads = f"--threads={min(len(ARCHITECTURES), len(os.sched_getaffinity(0)))}"
-        output = ["-o", str(Path(scratch, "kernels.o")), str(SOURCE)]
-        report = _run([str(nvcc), *FLAGS, *targets, threads, *output])
-        written = Path(scratch, cached.name)
-        written.write_text(report, "utf-8")
-        os.replace(written, cached)
-    return report
+    units = list(sources) or cuda_build.kernel_units()
+    reports = cuda_build.in_parallel(report, units, len(os.sched_getaffinity(0)))
+    return {source.stem: found for source, found in zip(units, reports, strict=True)}
+
+
+def bounds_broken(reports: Mapping[str, UnitReport]) -> list[str]:
+    """Units that compile for too long, and too many kernels."""
+    failures = [
+        f"{name}: {report.seconds:.0f} CPU seconds, not {SECONDS_BOUND:.0f}"
+        for name, report in reports.items()
+        if report.seconds > SECONDS_BOUND
+    ]
+    count = sum(kernel_count(report) for report in reports.values())
+    if count > KERNELS_BOUND:
+        failures.append(f"{count} kernels, not {KERNELS_BOUND}")
+    return failures
+
+
+def kernel_count(report: UnitReport) -> int:
+    """Kernels of one unit, each once for all its targets."""
+    return len({found["kernel"] for found in ENTRY.finditer(report.text)})
 
 
 ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for '(?P<target>\w+)'")
@@ -219,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         version = nvcc_version(nvcc)
-        found = demangle(parse(compile_kernels(nvcc)))
+        reports = compile_kernels(nvcc)
+        found = demangle(parse("".join(report.text for report in reports.values())))
     except GateError as error:
         print(error, file=sys.stderr)
         return 2
@@ -228,11 +278,19 @@ def main(arguments: list[str] | None = None) -> int:
     expected, allowed = read_table()
     verdict = compare(found, allowed, same_compiler=version == expected)
     print(f"nvcc {version}, {TABLE.name} of nvcc {expected}: {len(found)} kernels")
+    for name, report in sorted(reports.items()):
+        print(f"  {name:<30} {kernel_count(report):>3} kernels {report.seconds:6.1f} CPU s")
+    total = sum(report.seconds for report in reports.values())
+    print(
+        f"  {'all':<30} {len(found):>3} kernels {total:6.1f} CPU s, bounds per unit"
+        f" {SECONDS_BOUND:.0f} CPU s, in all {KERNELS_BOUND} kernels"
+    )
     for note in verdict.notes:
         print(f"note: {note}")
-    for failure in verdict.failures:
+    failures = [*verdict.failures, *bounds_broken(reports)]
+    for failure in failures:
         print(failure, file=sys.stderr)
-    return 1 if verdict.failures else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

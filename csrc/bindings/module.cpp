@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "build_record.h"
 #include "cpu/capability.h"
 #include "cpu/step_clock.h"
 #include "cuda/co_attention.h"
@@ -133,7 +132,4 @@ PYBIND11_MODULE(_C, m) {
       py::arg("keep_hidden"), py::arg("backward") = false,
       "The GPU launch chosen for a contiguous channels_last (B, C, H, W) of a dtype and so many "
       "hidden channels, which the forward keeps or the backward recomputes, as text.");
-  m.def(
-      "build_configuration", [] { return py::module_::import("json").attr("loads")(build_record); },
-      "What this module was built with: the record that is also in build.json.");
 }

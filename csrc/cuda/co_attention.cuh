@@ -272,7 +272,7 @@ void launch_global(
         stream, d, l, r.partials);
   });
   const int64_t rows = d.batch * d.heads * d.query_count;
-  launch("co_attention_combine", co_attention_combine,
+  launch("co_attention_combine", co_attention_combine<>,
       {dim3{static_cast<unsigned>(divide_up(rows, 4))}, dim3{128}}, stream, d, l.splits,
       static_cast<const float*>(r.partials), r.softmax,
       static_cast<float*>(const_cast<void*>(r.out.data)), r.out.image, r.out.head, r.out.row,
@@ -304,13 +304,6 @@ struct CoAttentionForwardParts {
     kept = carver.floats(l.absorbed ? rows : 0);
   }
 };
-
-size_t co_attention_workspace(
-    const CoAttentionForward& args, Storage storage, const CoAttentionLaunch& l) {
-  CoAttentionForward counted = args;
-  counted.workspace = nullptr;
-  return CoAttentionForwardParts(counted, storage, l).carver.used();
-}
 
 inline Rows rows_of_attended(const CoAttentionShape& shape, const float* attended) {
   return {attended, shape.global_tokens * shape.width, shape.head_dim, shape.width};
@@ -376,11 +369,25 @@ void co_attention_forward_of(
       stream);
 }
 
-void co_attention_forward(const CoAttentionForward& args, Storage storage,
-    const CoAttentionLaunch& l, CUstream_st* stream) {
-  if (args.shape.batch == 0) return;
-  with_storage(
-      storage, [&](auto zero) { co_attention_forward_of<decltype(zero)>(args, l, stream); });
-}
+// Launches that the backward shares: compiled once, by co_attention.cu and co_attention_global.cu.
+#define DSNET_CO_ATTENTION_LAUNCHES(declared, T)                                            \
+  declared template void launch_pad<T>(const void*, int64_t, int64_t, void*, cudaStream_t); \
+  declared template void launch_linear<T>(const Linear&, cudaStream_t);                     \
+  declared template void launch_small_product<T>(                                           \
+      const CoAttentionShape&, const SmallProduct&, cudaStream_t);                          \
+  declared template void prepare<T>(const CoAttentionShape&, const CoAttentionInputs&,      \
+      const CoAttentionOperands&, const CoAttentionLaunch&, cudaStream_t);                  \
+  declared template void launch_local<T>(                                                   \
+      const Direction&, const LocalResult&, const CoAttentionLaunch&, cudaStream_t)
+#define DSNET_CO_ATTENTION_GLOBAL(declared, T) \
+  declared template void launch_global<T>(     \
+      const Direction&, const GlobalResult&, const CoAttentionLaunch&, cudaStream_t)
+
+DSNET_CO_ATTENTION_LAUNCHES(extern, float);
+DSNET_CO_ATTENTION_LAUNCHES(extern, __nv_bfloat16);
+DSNET_CO_ATTENTION_LAUNCHES(extern, __half);
+DSNET_CO_ATTENTION_GLOBAL(extern, float);
+DSNET_CO_ATTENTION_GLOBAL(extern, __nv_bfloat16);
+DSNET_CO_ATTENTION_GLOBAL(extern, __half);
 
 }  // namespace dsnet::cuda

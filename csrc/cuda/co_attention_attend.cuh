@@ -203,7 +203,9 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
 }
 
 // Combines the splits of the global queries: a warp per query and head.
-static __global__ void __launch_bounds__(128)
+// A template, so that the unit alone that launches it has it.
+template <int = 0>
+__global__ void __launch_bounds__(128)
     co_attention_combine(const Direction d, int64_t splits, const float* partials, float* softmax,
         float* out, int64_t out_image, int64_t out_head, int64_t out_row, float* kept) {
   const int64_t all = d.batch * d.heads * d.query_count;
@@ -219,10 +221,11 @@ static __global__ void __launch_bounds__(128)
   };
   float max = head_of(0).values[0];
   for (int64_t split = 1; split < splits; ++split) max = fmaxf(max, head_of(split).values[0]);
-  const float offset = max * log2_e;
+  // The factor of the split with the maximum is exactly 1.
+  const float offset = multiply_rounded(max, log2_e);
   float sum = 0, kept_sum = 0;
   const auto factor_of = [&](const Pack<float, 4>& part) {
-    return exp2_approx(part.values[0] * log2_e - offset);
+    return exp2_approx(multiply_rounded(part.values[0], log2_e) - offset);
   };
   for (int64_t split = 0; split < splits; ++split) {
     const auto part = head_of(split);

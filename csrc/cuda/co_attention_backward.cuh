@@ -83,13 +83,6 @@ struct CoAttentionBackwardParts {
   static bool writes_stream(const CoAttentionLaunch& l) { return !l.absorbed || l.packed; }
 };
 
-size_t co_attention_workspace(
-    const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
-  CoAttentionBackward counted = args;
-  counted.workspace = nullptr;
-  return CoAttentionBackwardParts(counted, storage, l).carver.used();
-}
-
 // out = x·W over rows; value (k, column) of W is at W[k·columns + column].
 inline Linear linear_transposed(Parameter x, Parameter weight, void* out, bool out_is_float32,
     int64_t rows, int64_t depth, int64_t columns) {
@@ -114,33 +107,44 @@ inline ResultRows result_rows(const Rows& rows) {
   return {const_cast<void*>(rows.data), 0, rows.image, rows.head, rows.row};
 }
 
-template <typename T, bool is_local>
-void launch_backward_queries(const Direction& d, const DirectionGradients& g,
+template <typename T>
+void launch_backward_queries(bool is_local, const Direction& d, const DirectionGradients& g,
     const CoAttentionLaunch& l, const ResultRows& result, cudaStream_t stream) {
   const int64_t blocks =
       is_local ? (g.sums_heads ? 1 : d.heads) * l.local_tiles : d.heads * l.global_tiles * l.splits;
   with_head_tile(l.column_tile, [&](auto column_tile) {
     constexpr int tile = decltype(column_tile)::value;
-    launch("co_attention_backward_queries", co_attention_backward_queries<T, tile, is_local>,
+    launch("co_attention_backward_queries", co_attention_backward_queries<T, tile>,
         {dim3{static_cast<unsigned>(d.batch * blocks)}, dim3{128},
             co_attention_bytes<T, tile>(2, pair_stages<T>, tile_rows<T, tile>)},
-        stream, d, g, l, result);
+        stream, d, g, l, result, is_local);
   });
 }
 
-template <typename T, bool is_local, bool is_merged>
-void launch_backward_keys(const Direction& d, const DirectionGradients& g,
+template <typename T, bool is_merged>
+void launch_backward_keys(bool is_local, const Direction& d, const DirectionGradients& g,
     const CoAttentionLaunch& l, const KeyResult& result, cudaStream_t stream) {
   const int64_t blocks =
       is_local ? (is_merged ? 1 : d.heads) * l.local_tiles : d.heads * l.global_tiles * l.splits;
   with_head_tile(l.column_tile, [&](auto column_tile) {
     constexpr int tile = decltype(column_tile)::value, parts = is_merged ? 1 : key_parts<tile>;
-    launch("co_attention_backward_keys", co_attention_backward_keys<T, tile, is_local, is_merged>,
+    launch("co_attention_backward_keys", co_attention_backward_keys<T, tile, is_merged>,
         {dim3{static_cast<unsigned>(d.batch * blocks * parts)}, dim3{128},
             co_attention_bytes<T, tile>(2, pair_stages<T>, queries_of_tile<T, tile>)},
-        stream, d, g, l, result);
+        stream, d, g, l, result, is_local);
   });
 }
+
+// Compiled by co_attention_backward_keys.cu.
+#define DSNET_CO_ATTENTION_BACKWARD_KEYS(declared, T)                                       \
+  declared template void launch_backward_keys<T, false>(bool, const Direction&,             \
+      const DirectionGradients&, const CoAttentionLaunch&, const KeyResult&, cudaStream_t); \
+  declared template void launch_backward_keys<T, true>(bool, const Direction&,              \
+      const DirectionGradients&, const CoAttentionLaunch&, const KeyResult&, cudaStream_t)
+
+DSNET_CO_ATTENTION_BACKWARD_KEYS(extern, float);
+DSNET_CO_ATTENTION_BACKWARD_KEYS(extern, __nv_bfloat16);
+DSNET_CO_ATTENTION_BACKWARD_KEYS(extern, __half);
 
 // The gradients of global tokens' queries, keys and values from those of A, U, G and a.
 template <typename T>
@@ -182,19 +186,13 @@ void backward_of_absorbed(const CoAttentionShape& shape, const CoAttentionInputs
 }
 
 // Sums over the rows of `matrix`: with x those of matrix·unit in front.
-template <typename T, bool has_norm>
-void launch_column_sums(const void* matrix, const void* x, const float* statistics, int64_t rows,
-    int64_t columns, const CoAttentionLaunch& l, float* partials, float* sums,
-    cudaStream_t stream) {
+inline void launch_column_sums(Storage storage, const void* matrix, const void* x,
+    const float* statistics, int64_t rows, int64_t columns, const CoAttentionLaunch& l,
+    float* partials, float* sums, cudaStream_t stream) {
   const int64_t slot_rows = std::max<int64_t>(64, divide_up(rows, l.slots));
   const int64_t slots = divide_up(rows, slot_rows);
-  const int64_t groups = divide_up(columns, NormBackward::columns);
-  launch("global_attention_column_sums", global_attention_column_sums<T, has_norm>,
-      {dim3{static_cast<unsigned>(groups * slots)},
-          dim3{NormBackward::columns, NormBackward::row_lanes}},
-      stream, static_cast<const T*>(matrix), static_cast<const T*>(x), statistics, rows, columns,
-      slot_rows, partials);
-  for (int i = 0; i < (has_norm ? 2 : 1); ++i) {
+  column_sums(storage, {matrix, x, statistics, rows, columns, slots, slot_rows, partials}, stream);
+  for (int i = 0; i < (x != nullptr ? 2 : 1); ++i) {
     sum_slots(partials + i * slots * columns, slots, columns, sums + i * columns, stream);
   }
 }
@@ -221,11 +219,11 @@ void backward_of_tokens(const CoAttentionBackward& args, const CoAttentionBackwa
       static_cast<int>(shape.global_width), static_cast<T*>(args.out_global));
 
   const auto sum_columns = [&](const void* matrix, int64_t rows, int64_t columns, float* to) {
-    launch_column_sums<T, false>(
-        matrix, nullptr, nullptr, rows, columns, l, parts.slot_partials, to, stream);
+    launch_column_sums(
+        storage_of<T>, matrix, nullptr, nullptr, rows, columns, l, parts.slot_partials, to, stream);
   };
   float* sums = args.parameters;
-  launch_column_sums<T, true>(parts.grad_normalized, inputs.global, parts.operands.statistics,
+  launch_column_sums(storage_of<T>, parts.grad_normalized, inputs.global, parts.operands.statistics,
       global_rows, shape.global_width, l, parts.slot_partials, sums + offsets.norm_weight, stream);
   sum_columns(parts.grad_global_qkv, global_rows, 3 * shape.width, sums + offsets.global_qkv_bias);
   sum_columns(args.grad_local, local_rows, shape.local_width, sums + offsets.local_proj_bias);
@@ -337,12 +335,12 @@ void co_attention_backward_of(
                            : rows_of_qkv<T>(shape, parts.grad_local_qkv, shape.local_tokens, part));
   };
   const auto sums_of = [&](int part) { return partial_rows(shape, l, parts.partials, part); };
-  launch_backward_queries<T, true>(local, of_local, l, local_rows_of(0), stream);
+  launch_backward_queries<T>(true, local, of_local, l, local_rows_of(0), stream);
   // In the order of Q, K and V, or of A, U and G.
-  launch_backward_queries<T, false>(global, of_global, l, sums_of(l.absorbed ? 2 : 0), stream);
+  launch_backward_queries<T>(false, global, of_global, l, sums_of(l.absorbed ? 2 : 0), stream);
   DirectionGradients of_global_keys = of_local;
   of_global_keys.scale = scale;
-  launch_backward_keys<T, false, false>(local, of_global_keys, l,
+  launch_backward_keys<T, false>(false, local, of_global_keys, l,
       {sums_of(l.absorbed ? 0 : 1), sums_of(l.absorbed ? 1 : 2),
           l.absorbed ? parts.bias_partials : nullptr},
       stream);
@@ -353,95 +351,20 @@ void co_attention_backward_of(
     const ResultRows to = result_rows(
         rows_of_tokens(shape, is_stream ? args.out_local : parts.grad_tokens, l.columns));
     const KeyResult tokens{to, to, nullptr, {parts.grad_queries, parts.grad_to_local}};
-    launch_backward_keys<T, true, true>(global, of_local_keys, l, tokens, stream);
+    launch_backward_keys<T, true>(true, global, of_local_keys, l, tokens, stream);
     const int64_t matrix = shape.heads * global_rows * l.columns;
     launch_sum(parts.partials, l.splits, 3 * matrix, parts.grad_absorbed, stream);
     launch_sum(
         parts.bias_partials, l.splits, shape.heads * global_rows, parts.grad_key_bias, stream);
     backward_of_absorbed<T>(shape, inputs, parts, l, stream);
   } else {
-    launch_backward_keys<T, true, false>(
-        global, of_local_keys, l, {local_rows_of(1), local_rows_of(2), nullptr}, stream);
+    launch_backward_keys<T, false>(
+        true, global, of_local_keys, l, {local_rows_of(1), local_rows_of(2), nullptr}, stream);
     launch_sum(parts.partials, l.splits, global_rows * 3 * width,
         static_cast<T*>(parts.grad_global_qkv), stream);
   }
   launch_sum(args.attended, 1, global_rows * width, static_cast<T*>(parts.attended), stream);
   backward_of_tokens<T>(args, parts, l, stream);
-}
-
-void co_attention_backward(const CoAttentionBackward& args, Storage storage,
-    const CoAttentionLaunch& l, CUstream_st* stream) {
-  if (args.shape.batch == 0) return;
-  with_storage(
-      storage, [&](auto zero) { co_attention_backward_of<decltype(zero)>(args, l, stream); });
-}
-
-void co_attention_backward_projections(const CoAttentionBackward& args, Storage storage,
-    const CoAttentionLaunch& l, CUstream_st* stream) {
-  const CoAttentionShape& shape = args.shape;
-  if (shape.batch == 0) return;
-  const CoAttentionBackwardParts parts(args, storage, l);
-  const ParameterOffsets offsets(shape);
-  float* sums = args.parameters;
-  const int64_t blocks = divide_up(shape.local_width, NormBackward::columns);
-  const Grid grid{
-      dim3{static_cast<unsigned>(blocks)}, dim3{NormBackward::columns, NormBackward::row_lanes}};
-  with_storage(storage, [&](auto zero) {
-    launch("co_attention_unfold", co_attention_unfold<decltype(zero)>, grid, stream,
-        static_cast<const float*>(parts.grad_folded_weight),
-        static_cast<const float*>(parts.grad_folded_bias), args.inputs.local_qkv_weight,
-        args.inputs.local_scale, args.inputs.local_shift, static_cast<int>(3 * shape.width),
-        static_cast<int>(shape.local_width), sums + offsets.local_qkv_weight,
-        sums + offsets.local_qkv_bias, sums + offsets.scale, sums + offsets.shift);
-  });
-}
-
-std::vector<TokenProduct> co_attention_products(
-    const CoAttentionBackward& args, Storage storage, const CoAttentionLaunch& l) {
-  const CoAttentionShape& shape = args.shape;
-  const CoAttentionBackwardParts parts(args, storage, l);
-  const CoAttentionOperands& operands = parts.operands;
-  const ParameterOffsets offsets(shape);
-  const int64_t local_rows = shape.batch * shape.local_tokens;
-  const int64_t global_rows = shape.batch * shape.global_tokens, width = shape.width;
-  const int64_t local_width = shape.local_width, global_width = shape.global_width;
-  const bool is_float32 = storage == Storage::float32;
-  float* sums = args.parameters;
-  std::vector<TokenProduct> products{
-      {parts.grad_global_qkv, operands.normalized, sums + offsets.global_qkv_weight, is_float32,
-          global_rows, 3 * width, 3 * width, global_width, global_width, global_width},
-      {args.grad_global, parts.attended, sums + offsets.global_proj_weight, is_float32, global_rows,
-          global_width, global_width, width, width, width}};
-  if (!l.absorbed) {
-    products.push_back({parts.grad_local_qkv, operands.tokens, parts.grad_folded_weight, is_float32,
-        local_rows, 3 * width, 3 * width, local_width, operands.token_row, local_width});
-    products.push_back({args.grad_local, parts.to_local, sums + offsets.local_proj_weight,
-        is_float32, local_rows, local_width, local_width, width, width, width});
-    return products;
-  }
-
-  const int64_t matrix = global_rows * l.columns, dim = shape.head_dim;
-  for (int64_t head = 0; head < shape.heads; ++head) {
-    // Of queries, keys and values of the local tokens: what the global side has in their place.
-    const auto* qkv = static_cast<const float*>(operands.global_qkv) + head * dim;
-    const float* left[3] = {qkv + width, qkv, parts.grad_attended + head * dim};
-    const int64_t left_stride[3] = {3 * width, 3 * width, width};
-    const float* of_matrix = parts.grad_absorbed + head * matrix;
-    const float* right[3] = {
-        of_matrix, of_matrix + 2 * shape.heads * matrix, parts.unprojected + head * matrix};
-    const float* right_bias[3] = {parts.grad_key_bias, parts.zero, parts.kept};
-    for (int part = 0; part < 3; ++part) {
-      const int64_t row = part * width + head * dim;
-      products.push_back({left[part], right[part], parts.grad_folded_weight + row * local_width,
-          true, global_rows, dim, left_stride[part], local_width, l.columns, local_width});
-      products.push_back({left[part], right_bias[part] + head * global_rows,
-          parts.grad_folded_bias + row, true, global_rows, dim, left_stride[part], 1, 1, 1});
-    }
-    products.push_back({of_matrix + shape.heads * matrix, qkv + 2 * width,
-        sums + offsets.local_proj_weight + head * dim, true, global_rows, local_width, l.columns,
-        dim, 3 * width, width});
-  }
-  return products;
 }
 
 }  // namespace dsnet::cuda

@@ -34,12 +34,25 @@ struct ResultRows {
   }
 };
 
+// A warp's 16 rows: T for local tokens, float32 partial sums for global ones.
+template <typename T, int tiles>
+DSNET_DEVICE void store_result(const float (&values)[tiles][4], float scale,
+    const ResultRows& result, bool is_local, const Place& place, int warp_row, int rows,
+    int columns) {
+  const int64_t first = warp_row * result.row;
+  if (is_local) {
+    store_rows(values, scale, result.at<T>(place) + first, result.row, rows, columns);
+  } else {
+    store_rows(values, scale, result.at<float>(place) + first, result.row, rows, columns);
+  }
+}
+
 // dQ of 64 queries. The local ones have all keys, of one head or summed over all; the global ones
 // those of one split.
-template <typename T, int column_tile, bool is_local>
+template <typename T, int column_tile>
 __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
     co_attention_backward_queries(const Direction d, const DirectionGradients g,
-        const CoAttentionLaunch l, const ResultRows result) {
+        const CoAttentionLaunch l, const ResultRows result, bool is_local) {
   constexpr int tile = tile_rows<T, column_tile>, tiles = tile / 8;
   constexpr int stride = row_stride<T, column_tile>;
   constexpr int matrix_values = CoAttentionLaunch::block_rows * stride;
@@ -103,9 +116,8 @@ __global__ void __launch_bounds__(128, blocks_of_tile<column_tile>)
       multiply_result<T>(p, pairs.left(stage), used, grad_q);
     });
   }
-  using Result = std::conditional_t<is_local, T, float>;
-  store_rows(grad_q, g.scale, result.at<Result>(place) + warp_row * result.row, result.row,
-      rows_left - warp_row, d.columns);
+  store_result<T>(
+      grad_q, g.scale, result, is_local, place, warp_row, rows_left - warp_row, d.columns);
 }
 
 // Adds rows of (…, stride) to a warp's 16 rows.
@@ -142,10 +154,10 @@ struct KeyResult {
 // dK and dV of 64 keys, or where a block's registers do not hold both sums one of them. Local keys
 // have all queries, of one head or, merged, dK + dV summed over all; global ones those of one
 // split.
-template <typename T, int column_tile, bool is_local, bool is_merged>
+template <typename T, int column_tile, bool is_merged>
 __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
     co_attention_backward_keys(const Direction d, const DirectionGradients g,
-        const CoAttentionLaunch l, const KeyResult result) {
+        const CoAttentionLaunch l, const KeyResult result, bool is_local) {
   constexpr int tile = queries_of_tile<T, column_tile>, tiles = tile / 8;
   constexpr int parts = is_merged ? 1 : key_parts<column_tile>;
   constexpr int stride = row_stride<T, column_tile>;
@@ -234,7 +246,6 @@ __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
     });
   }
 
-  using Result = std::conditional_t<is_local, T, float>;
   const int own_left = rows_left - warp_row;
   if constexpr (is_merged) {
 #pragma unroll
@@ -246,12 +257,10 @@ __global__ void __launch_bounds__(128, key_blocks<T, column_tile>)
     }
   }
   if (has_k) {
-    store_rows(grad_k, g.scale, result.keys.at<Result>(place) + warp_row * result.keys.row,
-        result.keys.row, own_left, d.columns);
+    store_result<T>(grad_k, g.scale, result.keys, is_local, place, warp_row, own_left, d.columns);
   }
   if (has_v && !is_merged) {
-    store_rows(grad_v, 1.0f, result.values.at<Result>(place) + warp_row * result.values.row,
-        result.values.row, own_left, d.columns);
+    store_result<T>(grad_v, 1.0f, result.values, is_local, place, warp_row, own_left, d.columns);
   }
   if (result.bias == nullptr || !has_k) return;
   float* to = result.bias +

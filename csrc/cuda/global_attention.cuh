@@ -114,8 +114,10 @@ class OnlineSoftmax {
   }
 
  private:
-  // Rounded twice, so that who has the maximum alone has the same offset.
-  DSNET_DEVICE float binary_units(float max) const { return max * scale_ * log2_e; }
+  // The same number for the same maximum: the correction of an unchanged maximum is exactly 1.
+  DSNET_DEVICE float binary_units(float max) const {
+    return multiply_rounded(max * scale_, log2_e);
+  }
 
   float scale_, scale2_;  // of logits, in natural and binary units
   float max_[2] = {-INFINITY, -INFINITY};
@@ -276,26 +278,13 @@ void launch_projection(const AttentionShape& shape, const AttentionInputs& input
       static_cast<T*>(qkv), static_cast<T*>(normalized), statistics);
 }
 
-void attention_forward(
-    const AttentionForward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream) {
-  if (l.attention_blocks() == 0) return;
-  const dim3 blocks{static_cast<unsigned>(l.attention_blocks())};
-  with_storage(storage, [&](auto zero) {
-    using T = decltype(zero);
-    if (l.fused) {
-      const auto threads = static_cast<unsigned>(l.fused_threads);
-      // Later Q, K and V take the same room, and never more.
-      const Grid grid{blocks, dim3{threads}, projection_bytes<96>(l.fused_threads / 2)};
-      launch("global_attention_fused", global_attention_fused<T>, grid, stream, args, l);
-      return;
-    }
-    launch_projection<T>(args.shape, args.inputs, l, args.qkv, nullptr, nullptr, stream);
-    with_head_tile(l.head_tile, [&](auto head_tile) {
-      constexpr int tile = decltype(head_tile)::value;
-      launch("global_attention_forward", global_attention_forward<T, tile>,
-          {blocks, dim3{128}, attention_bytes<T, tile>(1, 2, tile_rows<T, tile>)}, stream, args, l);
-    });
-  });
-}
+// Compiled by global_attention.cu.
+#define DSNET_ATTENTION_PROJECTION(declared, T)                                              \
+  declared template void launch_projection<T>(const AttentionShape&, const AttentionInputs&, \
+      const AttentionLaunch&, void*, void*, float*, cudaStream_t)
+
+DSNET_ATTENTION_PROJECTION(extern, float);
+DSNET_ATTENTION_PROJECTION(extern, __nv_bfloat16);
+DSNET_ATTENTION_PROJECTION(extern, __half);
 
 }  // namespace dsnet::cuda

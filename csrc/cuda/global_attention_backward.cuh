@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/global_attention.cuh"
-#include "cuda/sum_slots.cuh"
+#include "cuda/sum_slots.h"
 
 namespace dsnet::cuda {
 
@@ -334,98 +334,55 @@ __global__ void __launch_bounds__(8 * NormBackward::rows)
 
 // Of one slot's rows of `matrix` (rows, columns): with x the sums of matrix·unit and of matrix,
 // else the latter alone. Writes (2 or 1, slots, columns).
-template <typename T, bool has_norm>
+template <typename T>
 __global__ void __launch_bounds__(NormBackward::columns* NormBackward::row_lanes)
     global_attention_column_sums(const T* matrix, const T* x, const float* statistics, int64_t rows,
         int64_t columns, int64_t slot_rows, float* partials) {
-  constexpr int results = has_norm ? 2 : 1, block_columns = NormBackward::columns;
-  __shared__ SharedArray<float, results * NormBackward::row_lanes * block_columns> exchange_storage;
+  constexpr int block_columns = NormBackward::columns;
+  constexpr int values = NormBackward::row_lanes * block_columns;
+  __shared__ SharedArray<float, 2 * values> exchange_storage;
   float* exchange = exchange_storage;
+  const bool has_norm = x != nullptr;
+  const int results = has_norm ? 2 : 1;
   const int64_t groups = (columns + block_columns - 1) / block_columns;
   const int64_t column = blockIdx.x % groups * block_columns + threadIdx.x;
   const int64_t slot = blockIdx.x / groups, slots = gridDim.x / groups;
   const int64_t end = (slot + 1) * slot_rows < rows ? (slot + 1) * slot_rows : rows;
-  float sums[results] = {};
+  float sum_of_values = 0, sum_of_products = 0;
   if (column < columns) {
 #pragma unroll 4
     for (int64_t row = slot * slot_rows + threadIdx.y; row < end; row += NormBackward::row_lanes) {
       const float value = widen(load_global<T>(matrix + row * columns + column));
-      sums[results - 1] += value;
-      if constexpr (has_norm) {
+      sum_of_values += value;
+      if (has_norm) {
         const auto [mean, inverse] = load_global<Pack<float, 2>>(statistics + 2 * row).values;
         const float unit = (widen(load_global<T>(x + row * columns + column)) - mean) * inverse;
-        sums[0] = fmaf(value, unit, sums[0]);
+        sum_of_products = fmaf(value, unit, sum_of_products);
       }
     }
   }
-#pragma unroll
-  for (int r = 0; r < results; ++r) {
-    const int place = r * NormBackward::row_lanes + static_cast<int>(threadIdx.y);
-    store_shared(exchange + place * block_columns + threadIdx.x, sums[r]);
-  }
+  float* own = exchange + threadIdx.y * block_columns + threadIdx.x;
+  store_shared(own, has_norm ? sum_of_products : sum_of_values);
+  if (has_norm) store_shared(own + values, sum_of_values);
   __syncthreads();
   const auto r = static_cast<int>(threadIdx.y);
   if (r >= results || column >= columns) return;
   float sum = 0;
   for (int i = 0; i < NormBackward::row_lanes; ++i) {
-    sum += load_shared<float>(
-        exchange + (r * NormBackward::row_lanes + i) * block_columns + threadIdx.x);
+    sum += load_shared<float>(exchange + r * values + i * block_columns + threadIdx.x);
   }
   store_global(partials + (r * slots + slot) * columns + column, sum);
 }
 
-template <typename T, bool has_norm>
-void launch_column_sums(const AttentionBackward& args, const AttentionLaunch& l, const void* matrix,
-    int64_t columns, cudaStream_t stream) {
-  const int64_t groups = (columns + NormBackward::columns - 1) / NormBackward::columns;
-  const Grid grid{dim3{static_cast<unsigned>(groups * l.slots)},
-      dim3{NormBackward::columns, NormBackward::row_lanes}};
-  launch("global_attention_column_sums", global_attention_column_sums<T, has_norm>, grid, stream,
-      static_cast<const T*>(matrix), static_cast<const T*>(args.inputs.x),
-      static_cast<const float*>(args.statistics), args.shape.batch * args.shape.tokens, columns,
-      l.slot_rows, args.partials);
-}
+// Partial sums over the rows of a matrix.
+struct ColumnSums {
+  const void* matrix;  // (rows, columns)
+  const void* x;       // (rows, columns): sums of matrix·unit too; or null
+  const float* statistics;
+  int64_t rows, columns, slots, slot_rows;
+  float* partials;  // (2 or 1, slots, columns)
+};
 
-void attention_backward_scores(
-    const AttentionBackward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream) {
-  if (l.attention_blocks() == 0) return;
-  const int64_t width = args.shape.width;
-  with_storage(storage, [&](auto zero) {
-    using T = decltype(zero);
-    launch_projection<T>(
-        args.shape, args.inputs, l, args.qkv, args.normalized, args.statistics, stream);
-    with_head_tile(l.head_tile, [&](auto head_tile) {
-      constexpr int tile = decltype(head_tile)::value;
-      constexpr int stages = backward_stages<T>;
-      const dim3 blocks{static_cast<unsigned>(l.attention_blocks())};
-      launch("global_attention_backward_queries", global_attention_backward_queries<T, tile>,
-          {blocks, dim3{128}, attention_bytes<T, tile>(2, stages, tile_rows<T, tile>)}, stream,
-          args, l);
-      launch("global_attention_backward_keys", global_attention_backward_keys<T, tile>,
-          {dim3{blocks.x * key_parts<tile>}, dim3{128},
-              attention_bytes<T, tile>(2, stages, query_rows<T, tile>) +
-                  QueryTiles<T, tile>::vector_bytes},
-          stream, args, l);
-    });
-    launch_column_sums<T, false>(args, l, args.grad_qkv, 3 * width, stream);
-  });
-  sum_slots(args.partials, l.slots, 3 * width, args.grad_qkv_bias, stream);
-}
-
-void attention_backward_norm(
-    const AttentionBackward& args, Storage storage, const AttentionLaunch& l, CUstream_st* stream) {
-  if (l.attention_blocks() == 0) return;
-  const int64_t rows = args.shape.batch * args.shape.tokens;
-  const auto blocks = static_cast<unsigned>((rows + NormBackward::rows - 1) / NormBackward::rows);
-  with_storage(storage, [&](auto zero) {
-    using T = decltype(zero);
-    launch("global_attention_backward_norm", global_attention_backward_norm<T>,
-        {dim3{blocks}, dim3{8 * NormBackward::rows}}, stream, args, l);
-    launch_column_sums<T, true>(args, l, args.grad_normalized, args.shape.width, stream);
-  });
-  const int64_t width = args.shape.width;
-  sum_slots(args.partials, l.slots, width, args.grad_norm_weight, stream);
-  sum_slots(args.partials + l.slots * width, l.slots, width, args.grad_norm_bias, stream);
-}
+void column_sums(Storage storage, const ColumnSums& sums, cudaStream_t stream);
 
 }  // namespace dsnet::cuda

@@ -236,17 +236,21 @@ void launch_fused(const MlpForward& args, const MlpLaunch& l, cudaStream_t strea
       stream, args, l);
 }
 
-void mlp_forward(const MlpForward& args, Storage storage, const MlpLaunch& l, CUstream_st* stream) {
-  with_storage(storage, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) {
-      if (l.fused) {
-        const auto fused = args.shape.channels > 64 ? launch_fused<T, 128> : launch_fused<T, 64>;
-        return fused(args, l, stream);
-      }
-    }
-    for (int64_t i = 0; i < l.slabs; ++i) forward_slab<T>(args, l, l.slab(args.shape, i), stream);
-  });
-}
+// Compiled by pointwise_mlp.cu.
+#define DSNET_MLP_AFFINE(declared, T)                                                           \
+  declared template void launch_affine<T>(const Matrix<T>&, const Parameter&, const Parameter&, \
+      const Factors&, int64_t, bool, void*, cudaStream_t)
+
+DSNET_MLP_AFFINE(extern, float);
+DSNET_MLP_AFFINE(extern, __nv_bfloat16);
+DSNET_MLP_AFFINE(extern, __half);
+
+// Compiled by pointwise_mlp_fused.cu.
+#define DSNET_MLP_FUSED(declared, T)                                                             \
+  declared template void launch_fused<T, 64>(const MlpForward&, const MlpLaunch&, cudaStream_t); \
+  declared template void launch_fused<T, 128>(const MlpForward&, const MlpLaunch&, cudaStream_t)
+
+DSNET_MLP_FUSED(extern, __nv_bfloat16);
+DSNET_MLP_FUSED(extern, __half);
 
 }  // namespace dsnet::cuda

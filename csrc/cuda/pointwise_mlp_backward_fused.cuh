@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
     TokenCopies(dense<T>(args.x, end, channels), row, l.packed)(to, 0);
     TokenCopies(dense<T>(args.grad, end, channels), row, l.packed)(to + Tile::token_values, 0);
   };
-  // z and G in the place of x and grad. Behind the last token z is no zero, but G is.
+  // z and G in the place of x and grad, zero behind the last token. The shift alone may be more
+  // than T holds, and infinity times zero is no number.
   const auto land = [&](int i, int stage) {
     T* tokens = stages + stage * 2 * Tile::token_values;
     const int column = TokenCopies::own_column(), count = part_of_eight(column, channels);
@@ -181,10 +182,11 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
       float scales[8], shifts[8];
       load_parameter_eight<T>(args.scale, column, count, l.packed, 1, scales);
       load_parameter_eight<T>(args.shift, column, count, l.packed, 0, shifts);
-      TokenCopies::change(tokens, [&](int, float (&values)[8]) {
+      TokenCopies::change(tokens, [&](int token, float (&values)[8]) {
+        const bool is_real = begin + int64_t{i} * Tile::tokens + token < end;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          if (k < count) values[k] = fmaf(scales[k], values[k], shifts[k]);
+          if (k < count && is_real) values[k] = fmaf(scales[k], values[k], shifts[k]);
         }
       });
     }
@@ -209,7 +211,9 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
   }
   float fc1[groups][width / 8][4] = {}, fc2[groups][width / 8][4] = {};
   const auto count = static_cast<int>((end - begin + Tile::tokens - 1) / Tile::tokens);
-  for_each_tile_ahead<Tile::stages>(count, copy, land, [&](int, int stage) {
+  for_each_tile_ahead<Tile::stages>(count, copy, land, [&](int tile, int stage) {
+    const int64_t left = end - begin - int64_t{tile} * Tile::tokens;
+    const int tokens_left = left < Tile::tokens ? static_cast<int>(left) : Tile::tokens;
 #pragma unroll 1
     for (int token = 0; token < Tile::tokens; token += Tile::step) {
       const T* normalized = stages + stage * 2 * Tile::token_values + token * stride;
@@ -220,7 +224,11 @@ __global__ void __launch_bounds__(MlpLaunch::threads, 2)
 #pragma unroll
         for (int t = 0; t < tiles; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) before[g][t][i] = bias[g][i / 2];
+          for (int i = 0; i < 4; ++i) {
+            // Zero behind the last token, as z is: so may the bias be more than T holds.
+            const int own = token + 8 * t + lane % 4 * 2 + i % 2;
+            before[g][t][i] = own < tokens_left ? bias[g][i / 2] : 0.0f;
+          }
         }
       }
       multiply_groups_transposed<T, width>(Rows(own_fc1 + warp_row * stride), normalized, before);
@@ -283,22 +291,6 @@ void launch_backward_fused(const MlpBackward& args, const MlpLaunch& l, cudaStre
   launch("pointwise_mlp_backward_fused_weights", pointwise_mlp_backward_fused_weights<T, width>,
       {dim3{static_cast<unsigned>(weight_blocks)}, dim3{MlpLaunch::threads}, Weights::bytes},
       stream, args, l);
-}
-
-void mlp_backward_fused(
-    const MlpBackward& args, Storage storage, const MlpLaunch& l, CUstream_st* stream) {
-  with_storage(storage, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) {
-      const auto fused =
-          args.shape.channels > 64 ? launch_backward_fused<T, 128> : launch_backward_fused<T, 64>;
-      fused(args, l, stream);
-    }
-  });
-  const int64_t weights = args.shape.hidden * args.shape.channels;
-  mlp_backward_sums(args, l, stream);
-  sum_slots(args.fc1_partials, l.hidden_slots, weights, args.grad_fc1, stream);
-  sum_slots(args.fc2_partials, l.hidden_slots, weights, args.grad_fc2, stream);
 }
 
 }  // namespace dsnet::cuda

@@ -266,6 +266,18 @@ DSNET_DEVICE T warp_max(T value, unsigned width = 32) {
 
 // Arithmetic.
 
+// a·b, rounded before anything is added to it or subtracted from it. The compilers fuse a product
+// and a sum into one rounding wherever they may.
+DSNET_DEVICE float multiply_rounded(float a, float b) {
+#ifdef DSNET_EMULATE
+  // No compiler fuses across memory that it must not cache.
+  const volatile float product = a * b;
+  return product;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
 // 2^value to two units in the last place; subnormal results are zero.
 DSNET_DEVICE float exp2_approx(float value) {
 #ifdef DSNET_EMULATE

@@ -274,10 +274,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, ``-dirty`` behind it if files changed; None outside a checkout."""
+    """The checkout's commit, ``-dirty`` behind it if files changed; else the installed build's."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        from dsnet_kernels import native
+
+        return (native.build_record() or {}).get("commit")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -168,36 +168,43 @@ class OptimizedBlock(nn.Module):
 
     def _streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         backend = self.backend
-        x = kernels.depthwise_conv3x3(x, *self.position, residual=True, backend=backend)
+        x = kernels.depthwise_conv3x3(x, *self.position.tensors(), residual=True, backend=backend)
 
-        local = F.conv2d(x, *self.split_local) if self.local_dim else x[:, :0]
+        local = F.conv2d(x, *self.split_local.tensors()) if self.local_dim else x[:, :0]
         if self.local_conv is not None:
-            scale, shift = self.local_affine
+            scale, shift = self.local_affine.tensors()
             local = kernels.depthwise_conv3x3(
-                local, *self.local_conv, scale=scale, shift=shift, residual=True, backend=backend
+                local,
+                *self.local_conv.tensors(),
+                scale=scale,
+                shift=shift,
+                residual=True,
+                backend=backend,
             )
 
         grid = self.global_grid(*x.shape[2:])
         coarse = x
         if self.global_reduction != 1:
             coarse = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
-        global_ = F.conv2d(coarse, *self.split_global) if self.global_dim else coarse[:, :0]
+        global_ = (
+            F.conv2d(coarse, *self.split_global.tensors()) if self.global_dim else coarse[:, :0]
+        )
 
         if self.attention is not None:
             tokens = kernels.global_attention(
                 global_.flatten(2).transpose(1, 2),
                 self.num_heads,
-                *self.attention,
+                *self.attention.tensors(),
                 eps=self.attention_eps,
                 backend=backend,
             )
             if self.co_attention is not None:
-                scale, shift = self.co_attention_affine
+                scale, shift = self.co_attention_affine.tensors()
                 local, tokens = kernels.co_attention(
                     local,
                     tokens,
                     self.num_heads,
-                    *self.co_attention,
+                    *self.co_attention.tensors(),
                     local_scale=scale,
                     local_shift=shift,
                     eps=self.co_attention_eps,
@@ -205,8 +212,8 @@ class OptimizedBlock(nn.Module):
                 )
             global_ = tokens.transpose(1, 2).unflatten(2, grid)
 
-        x = kernels.upsample_concat(local, global_, *self.fuse, x, backend=backend)
-        return kernels.pointwise_mlp(x, *self.mlp, backend=backend), local, global_
+        x = kernels.upsample_concat(local, global_, *self.fuse.tensors(), x, backend=backend)
+        return kernels.pointwise_mlp(x, *self.mlp.tensors(), backend=backend), local, global_
 
     def train(self, mode: bool = True) -> "OptimizedBlock":
         if mode:

@@ -1,7 +1,5 @@
 """BatchNorm in evaluation as constants, in float64."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -51,15 +49,18 @@ def fold_into_linear(
 
 
 class Constants(nn.Module):
-    """Parameters that want no gradient, under the given names; ``*constants`` unpacks them."""
+    """Parameters that want no gradient, under the given names, which ``names`` lists."""
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
+        self.names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return iter(self._parameters.values())
+    def tensors(self) -> list[nn.Parameter]:
+        """The parameters in the order of their names."""
+        # By name: torch.compile of older releases traces no unpacking of a module.
+        return [getattr(self, name) for name in self.names]
 
 
 class ChannelAffine(Constants):

@@ -87,7 +87,7 @@ class OptimizedDSNet(Optimized):
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.classifier is None:
             return self.module(x)
-        return F.linear(self.module.forward_stages(x).mean(dim=(2, 3)), *self.classifier)
+        return F.linear(self.module.forward_stages(x).mean(dim=(2, 3)), *self.classifier.tensors())
 
     def __getattr__(self, name: str) -> Any:
         if name in ("reset_classifier", "prune_intermediate_layers", "set_grad_checkpointing"):

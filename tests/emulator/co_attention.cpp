@@ -1,5 +1,11 @@
 // Python module: co-attention's CUDA launchers in the emulator.
-#include "cuda/co_attention_backward.cuh"
+#include "cuda/co_attention.cu"
+#include "cuda/co_attention_backward.cu"
+#include "cuda/co_attention_backward_keys.cu"
+#include "cuda/co_attention_global.cu"
+#include "cuda/global_attention.cu"
+#include "cuda/global_attention_backward.cu"
+#include "cuda/sum_slots.cu"
 
 #include <pybind11/stl.h>
 

@@ -1,5 +1,6 @@
 // Python module: the depthwise convolution's CUDA launchers in the emulator.
-#include "cuda/depthwise_conv3x3.cuh"
+#include "cuda/depthwise_conv3x3.cu"
+#include "cuda/sum_slots.cu"
 
 #include "arguments.h"
 

@@ -1,5 +1,7 @@
 // Python module: the global attention's CUDA launchers in the emulator.
-#include "cuda/global_attention_backward.cuh"
+#include "cuda/global_attention.cu"
+#include "cuda/global_attention_backward.cu"
+#include "cuda/sum_slots.cu"
 
 #include "arguments.h"
 

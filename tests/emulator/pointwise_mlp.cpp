@@ -1,5 +1,9 @@
 // Python module: the CUDA launchers of the MLP in the emulator.
-#include "cuda/pointwise_mlp_backward_fused.cuh"
+#include "cuda/pointwise_mlp.cu"
+#include "cuda/pointwise_mlp_backward.cu"
+#include "cuda/pointwise_mlp_backward_fused.cu"
+#include "cuda/pointwise_mlp_fused.cu"
+#include "cuda/sum_slots.cu"
 
 #include "arguments.h"
 

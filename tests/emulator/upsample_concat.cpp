@@ -1,5 +1,7 @@
 // Python module: the CUDA launchers of upsampling and concatenation in the emulator.
-#include "cuda/upsample_concat_backward.cuh"
+#include "cuda/upsample_concat.cu"
+#include "cuda/sum_slots.cu"
+#include "cuda/upsample_concat_backward.cu"
 
 #include "arguments.h"
 

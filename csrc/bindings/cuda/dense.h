@@ -18,19 +18,19 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   const auto detached = [](const Tensor& x) {
     std::array<StableIValue, 1> stack{from(x)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
     return stack[0];
   };
   if (out.scalar_type() == a.scalar_type()) {
     std::array<StableIValue, 3> stack{detached(a), detached(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
     return;
   }
   std::array<StableIValue, 4> stack{detached(a), detached(b), from(out.scalar_type()), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }

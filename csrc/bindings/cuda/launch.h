@@ -57,8 +57,7 @@ class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     stream_ = static_cast<CUstream_st*>(stream);
   }
   CUstream_st* stream() const { return stream_; }

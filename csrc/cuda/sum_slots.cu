@@ -1,17 +1,15 @@
-// The last step of sums over blocks without atomics.
-#pragma once
+#include "cuda/sum_slots.h"
 
 #include "cuda/launch.cuh"
 
 namespace dsnet::cuda {
 
-// sums[i] = Σ partials[slot][i], in an order that depends on the number of slots alone.
 struct SlotSum {
   static constexpr int values = 32;    // of a block, neighbours
   static constexpr int segments = 32;  // of the slots, interleaved
 };
 
-static __global__ void __launch_bounds__(SlotSum::values* SlotSum::segments)
+__global__ void __launch_bounds__(SlotSum::values* SlotSum::segments)
     sum_slots_kernel(const float* partials, int64_t slots, int64_t count, float* sums) {
   __shared__ SharedArray<float, SlotSum::values * SlotSum::segments> exchange;
   const int64_t i = int64_t{blockIdx.x} * SlotSum::values + threadIdx.x;
@@ -31,8 +29,8 @@ static __global__ void __launch_bounds__(SlotSum::values* SlotSum::segments)
   store_global(sums + i, sum);
 }
 
-inline void sum_slots(
-    const float* partials, int64_t slots, int64_t count, float* sums, cudaStream_t stream) {
+void sum_slots(
+    const float* partials, int64_t slots, int64_t count, float* sums, CUstream_st* stream) {
   const auto blocks = static_cast<unsigned>((count + SlotSum::values - 1) / SlotSum::values);
   launch("sum_slots", sum_slots_kernel, {dim3{blocks}, dim3{SlotSum::values, SlotSum::segments}},
       stream, partials, slots, count, sums);
