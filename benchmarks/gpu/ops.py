@@ -86,7 +86,7 @@ DRY_PLANS = (
 )
 
 MOST_ROWS = 320
-MOST_VARIANTS = 500
+MOST_VARIANTS = 350
 MOST_ELEMENTS = 60_000_000_000
 """Bounds of the dry run."""
 

@@ -35,7 +35,7 @@ SELECTIONS = {
 ENDING = 6.0
 """Seconds that pytest has to report after it was interrupted."""
 
-MOST_TESTS = 700
+MOST_TESTS = 800
 MOST_SMOKE_TESTS = 90
 MOST_COMPILE_TESTS = 24
 """Bounds of the dry run."""
