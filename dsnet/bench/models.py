@@ -12,6 +12,7 @@ import dsnet_kernels
 from dsnet.optimize import optimize
 
 from . import packages, peers
+from .baseline_network import with_torch_norms
 from .cases import CASES, stages
 from .device import CPU, Device, Timer
 from .inputs import Inputs
@@ -85,6 +86,8 @@ def model_row(
     def build(variant: str, role: str) -> Contender:
         backend = _backend(variant, role)
         model = problem.network(backend)
+        if role == "baseline":
+            model = with_torch_norms(model, sdpa=variant == SDPA)
         chosen = chosen_backends(name, batch, size, dtype, backend, device.name)
         if role == "ours" and not training:
             model = optimize(model, backend=backend)

@@ -73,7 +73,8 @@ def measure(
         min_sample: seconds that one sample lasts at least.
         rounds: the fewest and the most, by default :data:`MIN_ROUNDS` and :data:`MAX_ROUNDS`; the
             fewest hold whatever the budget.
-        until: the clock's time after which no further round starts; one round is always taken.
+        until: the clock's time after which no further round starts; one round is always taken. If
+            it is over already, the round is one call of each.
         clock: returns seconds.
         sample: measures otherwise than by ``clock``, which then rules the budget alone.
 
@@ -84,6 +85,9 @@ def measure(
     if not 1 <= fewest <= most:
         raise ValueError(f"rounds: expected 1 <= fewest <= most, got {rounds}")
     sample = sample or partial(_sample, clock=clock)
+    if clock() >= until:
+        # One call each: the calls for finding the repeats would take as long as the round.
+        return {name: Timing((sample(call, 1),), 1) for name, call in calls.items()}
     repeats = {name: _calibrate(call, min_sample, sample) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = clock()

@@ -40,7 +40,8 @@ BUDGET = 110.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Every contender is checked against float64 before it is timed. Exit status: 0; 1 if one of"
-        " ours failed its check or could not run; 2 after any other error."
+        " ours failed its check or could not run; 2 after any other error. Where other programs use"
+        " the cores, threads wait passively (OMP_WAIT_POLICY=PASSIVE) unless the variable is set."
     )
     parser.add_argument(
         "model",
@@ -131,8 +132,10 @@ def add_measurement(
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..bench.contention import wait_passively_on_shared_cores
     from ..bench.suite import tasks
 
+    wait_passively_on_shared_cores(args.argv)
     command = shlex.join(["dsnet", *args.argv])
     return measure(
         args, command, lambda common: tasks(replace(common, model=args.model, mode=args.mode))

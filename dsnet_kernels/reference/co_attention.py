@@ -76,10 +76,16 @@ def co_attend(
     local_scale: Tensor | None,
     local_shift: Tensor | None,
     eps: float,
+    normed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Co-attention with ``attention(q, k, v, first_head)``: (B, h, T, d) → (B, T, h·d)."""
+    """Co-attention with ``attention(q, k, v, first_head)``: (B, h, T, d) → (B, T, h·d).
+
+    ``normed`` replaces local_scale·local + local_shift.
+    """
     grid = local.shape[2:]
-    local_tokens = affine(local, local_scale, local_shift).flatten(2).transpose(1, 2)
+    if normed is None:
+        normed = affine(local, local_scale, local_shift)
+    local_tokens = normed.flatten(2).transpose(1, 2)
     local_qkv = linear(local_tokens, local_qkv_weight, local_qkv_bias)
     global_tokens = layer_norm(global_, global_norm_weight, global_norm_bias, eps)
     global_qkv = linear(global_tokens, global_qkv_weight, global_qkv_bias)
