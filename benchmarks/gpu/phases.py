@@ -121,6 +121,12 @@ def run_phase(
     return phase(*_verdict(code, limit, _written(result)))
 
 
+def signal_group(process: subprocess.Popen, sign: signal.Signals) -> None:
+    """Sends a signal to a process that leads a session, and to all in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+
+
 def shortened(limit: float, left: float) -> float | None:
     """The limit of a phase with ``left`` seconds of the budget; None where it is too short.
 
@@ -165,7 +171,6 @@ def _verdict(code: int | None, limit: float, written: Mapping[str, Any]) -> tupl
 def _end(process: subprocess.Popen) -> None:
     """Ends the process and all its children: asks twice, then kills."""
     for sign, patience in ENDING:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
+        signal_group(process, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
