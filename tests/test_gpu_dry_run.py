@@ -146,7 +146,7 @@ def test_dry_run_checks_every_contender_of_the_operations(dry):
     works = {f"{work}, CUDA graph" for work in ("forward", "backward")}
     assert {row.work for row in rows} == works | {"forward", "forward, 50 calls per graph"}
     graphs = [row for row in rows if row.work in works]
-    assert len(graphs) == len(CASES) * 4 * 2
+    assert len(graphs) == len(CASES) * 2 * 2
     for found in rows:
         assert found.result("native").median > 0
         assert found.result("copy").median > 0
@@ -170,7 +170,9 @@ def test_dry_run_times_the_networks_plain_and_as_graphs(dry):
     assert [row.work for row in rows] == ["inference", "training", "inference"]
     names = [result.name for result in rows[0].results]
     assert {"eager_amp", "sdpa", "auto", "auto, CUDA graph"} <= set(names)
-    assert not any(result.problem for row in rows for result in row.results)
+    # Two images of 32×32 pixels are too few for a baseline under autocast in training.
+    assert not any(result.problem for row in rows for result in row.results if row.judged)
+    assert not any(result.problem for row in rows for result in row.ours())
 
 
 def test_dry_run_shows_the_sanitizers_commands_and_collects_the_tests(dry):

@@ -60,6 +60,23 @@ def test_a_tool_is_interrupted_at_its_limit_and_its_output_kept(capsys):
     assert "ERROR SUMMARY: 0 errors" in capsys.readouterr().out
 
 
+def test_a_script_ends_with_its_tool(tmp_path):
+    """A tool that ignores interrupts, with a child that holds its output open."""
+    code = f"""
+import pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+time.sleep(60)
+"""
+    found = sanitizer._streamed(python(code), 2)
+    assert (found["status"], found["exit_status"]) == ("timeout", -9)
+    assert found["seconds"] < 2 + sanitizer.ENDING + 3
+    child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    # Gone, or a zombie that nobody has waited for.
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
 def test_errors_count_also_of_a_tool_that_did_not_finish():
     code = "import time; print('ERROR SUMMARY: 3 errors'); time.sleep(60)"
     assert sanitizer._streamed(python(code), 2)["status"] == "failed"

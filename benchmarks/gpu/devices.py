@@ -20,11 +20,7 @@ SHORTEST = 1e-9
 
 def device_of(context: Context) -> Device:
     """The GPU; in a dry run the CPU, without a time that counts."""
-    if not context.dry_run:
-        return find("cuda")
-    # Several threads gain nothing on small inputs, and lose much on shared cores.
-    torch.set_num_threads(1)
-    return stand_in()
+    return stand_in() if context.dry_run else find("cuda")
 
 
 def many_calls(device: Device) -> Device:

@@ -55,7 +55,7 @@ DRY_SIZE = (32, 32)
 DRY_PLANS = (Plan(10), Plan(2, training=True), Plan(2, FLOAT32))
 
 MOST_ROWS = 12
-MOST_VARIANTS = 180
+MOST_VARIANTS = 170
 """Bounds of the dry run."""
 
 

@@ -39,6 +39,9 @@ has on SIGINT, and our programs write their results."""
 
 GRACE = sum(seconds for _, seconds in ENDING if seconds is not None)
 
+DRY_SETTINGS = {"OMP_NUM_THREADS": "1"}
+"""Several threads gain nothing on small inputs, and lose much on shared cores."""
+
 POLL = 0.5
 """Seconds between two looks at the results of a running phase."""
 
@@ -105,7 +108,7 @@ def run_phase(
         process = subprocess.Popen(
             command(name, result, dry_run, limit),
             cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (DRY_SETTINGS if dry_run else {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -116,6 +119,12 @@ def run_phase(
         finally:
             _end(process)
     return phase(*_verdict(code, limit, _written(result)))
+
+
+def signal_group(process: subprocess.Popen, sign: signal.Signals) -> None:
+    """Sends a signal to a process that leads a session, and to all in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
 
 
 def shortened(limit: float, left: float) -> float | None:
@@ -162,7 +171,6 @@ def _verdict(code: int | None, limit: float, written: Mapping[str, Any]) -> tupl
 def _end(process: subprocess.Popen) -> None:
     """Ends the process and all its children: asks twice, then kills."""
     for sign, patience in ENDING:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
+        signal_group(process, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)

@@ -1,5 +1,6 @@
 """compute-sanitizer's tools over every operation's kernels on small inputs, one tool at a time."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import threading
 import time
 
 from .counts import Count
-from .phases import ROOT
+from .phases import ROOT, signal_group
 from .program import Context, MissingError
 
 RUNS = (
@@ -102,6 +103,8 @@ def _streamed(command: list[str], limit: float) -> dict:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        # The tool has the script as a child, which is ended with it.
+        start_new_session=True,
     )
 
     def stream() -> None:
@@ -116,14 +119,12 @@ def _streamed(command: list[str], limit: float) -> dict:
         process.wait(max(0.0, limit))
     except subprocess.TimeoutExpired:
         ended = True
-        process.send_signal(signal.SIGINT)
-        try:
+        signal_group(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
     finally:
-        process.kill()
+        signal_group(process, signal.SIGKILL)
+        process.wait()
     reader.join(ENDING)
     result = {"seconds": round(time.monotonic() - start, 1), "exit_status": process.returncode}
     result |= verdict(process.returncode, "".join(lines))

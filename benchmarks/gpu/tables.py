@@ -6,7 +6,6 @@ from typing import Any
 from dsnet.bench.cases import stages
 from dsnet.bench.report import Report, Result, Roof, Row, row_of
 from dsnet.bench.table import BASELINES, cells, digits, legend, remarks, time_of, uses
-from dsnet.bench.table import _ratio as ratio_of
 
 from ..reporting.markdown import table
 from .exponentials import EXPONENTIALS, needed
@@ -101,7 +100,7 @@ def _models(results: Results) -> Iterator[str]:
                     _time(result, row),
                     rate,
                     "-" if result.launches is None else str(result.launches),
-                    ratio_of(result),
+                    _ratio(result),
                     _check(result),
                 ]
             )
@@ -112,6 +111,14 @@ def _models(results: Results) -> Iterator[str]:
 def _time(result: Result, row: Row) -> str:
     text = time_of(result, row.best == result.name)
     return text if result.median is None else f"{text.rstrip(' *')} ms"
+
+
+def _ratio(result: Result) -> str:
+    """The best baseline's time over this one's; ~ where the interval does not exclude 1."""
+    if result.ratio is None:
+        return "-"
+    low, high = result.ratio_interval or (0.0, float("inf"))
+    return f"{'~' if low <= 1 <= high else ''}{result.ratio:.2f}×"
 
 
 def _check(result: Result) -> str:

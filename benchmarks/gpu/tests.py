@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .counts import Count
 from .journal import SLOW, counted
-from .phases import ROOT
+from .phases import ROOT, signal_group
 from .program import Context
 
 WORKERS = 8
@@ -35,7 +35,7 @@ SELECTIONS = {
 ENDING = 6.0
 """Seconds that pytest has to report after it was interrupted."""
 
-MOST_TESTS = 700
+MOST_TESTS = 800
 MOST_SMOKE_TESTS = 90
 MOST_COMPILE_TESTS = 24
 """Bounds of the dry run."""
@@ -89,23 +89,18 @@ def _pytest(arguments: list[str], limit: float) -> int | None:
     try:
         return process.wait(max(0.0, limit))
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGINT)
+        signal_group(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING)
         return None
     except KeyboardInterrupt:
-        _signal(process, signal.SIGINT)
+        signal_group(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING)
         raise
     finally:
-        _signal(process, signal.SIGKILL)
+        signal_group(process, signal.SIGKILL)
         process.wait()
-
-
-def _signal(process: subprocess.Popen, sign: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, sign)
 
 
 def _collect(context: Context) -> str | None:
