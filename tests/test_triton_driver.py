@@ -181,7 +181,8 @@ def test_auto_passes_over_triton_on_amd_gpus_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     for operation in dsnet_kernels.backends.OPERATIONS.values():
         if "triton" in operation.present:
-            assert "AMD GPU" in operation.reason_to_avoid("triton")
+            tensors = [torch.empty(1) for _ in operation.tensors]
+            assert "AMD GPU" in operation.reason_to_avoid("triton", *tensors)
     monkeypatch.setattr(torch.version, "hip", None)
     assert backend.loses() is None
 
