@@ -94,11 +94,12 @@ def optimize(
             kept = graphs if "" in classifiers else 0
             return OptimizedDSNet(module, original, classifiers.get(""), kept)
         made: dict[nn.Module, OptimizedDSNet] = {}
-        for name, classifier in classifiers.items():
-            network = module.get_submodule(name)
+        # All before the first is replaced: two names may lead through one container.
+        networks = {name: module.get_submodule(name) for name in classifiers}
+        for name, network in networks.items():
             if network not in made:
                 state = _below(name, original)
-                made[network] = OptimizedDSNet(network, state, classifier, graphs)
+                made[network] = OptimizedDSNet(network, state, classifiers[name], graphs)
             module.set_submodule(name, made[network])
         return Optimized(module, original)
 

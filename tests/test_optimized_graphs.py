@@ -2,17 +2,21 @@
 
 import copy
 import pickle
+import threading
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from small_network import backends_chosen, images, randomise, small
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import dsnet
 import dsnet_kernels
 from dsnet.model import DSNetFeatures
-from dsnet.optimized.graphs import GraphCache
+from dsnet.optimized.graphs import CudaGraphs, GraphCache
 
 
 class Recorder:
@@ -156,6 +160,9 @@ def test_no_graph_where_it_would_be_wrong(cache, cuda):
         cache.run(double, x[0], NOTHING)
         cache.run(double, torch.nn.Parameter(x), NOTHING)
         torch.compile(lambda x: cache.run(double, x, NOTHING), fullgraph=True, backend="eager")(x)
+        torch.vmap(lambda x: cache.run(double, x, NOTHING))(x[None])
+        with FlopCounterMode(display=False):
+            cache.run(double, x, NOTHING)
         cuda.available = False
         cache.run(double, x, NOTHING)
         cuda.available = True
@@ -191,6 +198,92 @@ def test_a_failed_capture_is_told_once_and_not_tried_again(cache, cuda):
     assert cuda.captured == [(1, 1, 1, 5)]
 
 
+def test_tangents_are_kept_where_a_graph_of_the_shape_exists(cache, cuda):
+    call(cache, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(batch(3), torch.ones(1, 1, 1, 3))
+        tangent = forward_ad.unpack_dual(cache.run(double, dual, NOTHING)).tangent
+    assert torch.equal(tangent, torch.full((1, 1, 1, 3), 2.0))
+    assert len(cuda.replayed) == 1
+
+
+def test_a_call_that_raises_is_no_failed_capture(cache, cuda):
+    def fails(x):
+        raise ValueError("x: expected an image")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            with pytest.raises(ValueError, match="x: expected an image"):
+                cache.run(fails, batch(3), NOTHING)
+    cuda.error = RuntimeError("out of memory")
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        call(cache, 3)
+
+
+@pytest.mark.parametrize("flags", [torch.backends.cudnn.conv, torch.backends.cuda.matmul])
+def test_graphs_follow_the_flags_of_tf32(cache, cuda, flags):
+    before = flags.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            flags.fp32_precision = precision
+            call(cache, 3)
+    finally:
+        flags.fp32_precision = before
+    assert len(cuda.captured) == 2
+
+
+def test_clearing_waits_for_a_replay(cache, cuda):
+    call(cache, 3)
+    with cache._lock:
+        thread = threading.Thread(target=cache.clear)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert len(cache) == 1
+    thread.join()
+    assert len(cache) == 0
+
+
+def test_a_capture_that_fails_at_its_end_leaves_the_caller_s_stream(monkeypatch):
+    class Capture:
+        """As torch's: where the end of the capture raises, its stream stays."""
+
+        def __init__(self, graph, stream, **_):
+            self.stream = stream
+
+        def __enter__(self):
+            current[0] = self.stream
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Stream(str):
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def restoring(name):
+        before, current[0] = current[0], name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    current, side = [Stream("the caller's")], Stream("side")
+    for name, value in {
+        "device": lambda _: nullcontext(),
+        "current_stream": lambda *_: current[0],
+        "stream": restoring,
+        "CUDAGraph": object,
+        "graph": Capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaGraphs().capture(double, batch(3), (None, side))
+    assert current[0] == "the caller's"
+
+
 # Networks
 
 
@@ -203,7 +296,7 @@ def optimised(cuda, limit=2, **kwargs):
 
 
 def expected(model, x):
-    """What the parameters of now give, without a graph."""
+    """The output with the present parameters, without a graph."""
     twin = copy.deepcopy(model)
     twin.graphs.limit = 0
     return twin(x)
@@ -280,11 +373,13 @@ def test_a_functional_call_has_graphs_of_its_own_parameters(cuda):
     assert len(cuda.captured) == len(optimized.graphs) == 2
 
 
-def test_a_wrong_image_is_the_network_s_error_every_time(cuda):
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 4, 32, 32)])
+def test_a_wrong_image_is_the_network_s_error_every_time(cuda, shape):
     optimized = optimised(cuda)
     for _ in range(3):
         with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\)"):
-            optimized(images(32, 32)[0])
+            optimized(torch.zeros(shape))
+    assert len(optimized.graphs) == 0
 
 
 def test_warm_up_captures_each_shape(cuda):
@@ -296,6 +391,33 @@ def test_warm_up_captures_each_shape(cuda):
     assert len(cuda.captured) == 2
     with pytest.raises(ValueError, match=r"x: expected \(B, 3, H, W\)"):
         optimized.warm_up([(1, 4, 32, 32)])
+
+
+def test_warm_up_takes_no_more_shapes_than_graphs_are_kept(cuda):
+    optimized = optimised(cuda)
+    with pytest.raises(ValueError, match=r"shapes: expected at most 2, .* got 3"):
+        optimized.warm_up([(batch, 3, 32, 32) for batch in (1, 2, 3)])
+    assert cuda.captured == []
+    optimized.warm_up([(1, 3, 32, 32)] * 3)
+    cuda.available = False
+    optimized.warm_up([(batch, 3, 32, 32) for batch in (1, 2, 3)])
+    assert cuda.captured == [(1, 3, 32, 32)]
+
+
+def test_warm_up_captures_under_autocast_too(cuda):
+    optimized = optimised(cuda)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimized.warm_up([(1, 3, 32, 32)])
+    assert cuda.captured == [(1, 3, 32, 32)]
+
+
+def test_warm_up_of_a_module_warms_up_the_networks_inside(cuda):
+    optimized = dsnet.optimize(nn.Sequential(randomise(small())))
+    optimized.module[0].graphs = GraphCache(limit=2, cuda=cuda)
+    assert optimized.warm_up([(1, 3, 32, 32)]) is optimized
+    assert cuda.captured == [(1, 3, 32, 32)]
+    with pytest.raises(ValueError, match="expected a DSNet inside, got Sequential"):
+        dsnet.optimize(nn.Sequential(small().stages[0])).warm_up([(1, 3, 32, 32)])
 
 
 @pytest.mark.parametrize("graphs", [0, 3])
@@ -323,6 +445,13 @@ def test_networks_within_other_modules_have_graphs(cuda):
     assert cuda.captured == [(2, 3, 32, 32)] * 2
     optimized.float()
     assert len(optimized["net"].graphs) == 0
+
+
+def test_a_network_in_a_shared_container_is_replaced_once():
+    box = nn.Sequential(randomise(small()))
+    optimized = dsnet.optimize(nn.ModuleDict({"a": box, "b": box})).module
+    assert optimized["a"][0] is optimized["b"][0]
+    assert isinstance(optimized["a"][0].module, dsnet.DSNet)
 
 
 class Doubled(dsnet.DSNet):

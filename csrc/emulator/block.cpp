@@ -11,7 +11,9 @@ namespace dsnet::emulator {
 namespace {
 
 constexpr uint64_t max_grid[3] = {0x7fffffff, 65535, 65535};
-constexpr size_t max_dynamic_shared = 227 * 1024;
+// The limit of compute capabilities 8.6, 8.9 and 12.0: no GPU that the kernels run on has a lower
+// one.
+constexpr size_t max_dynamic_shared = 99 * 1024;
 
 struct Machine {
   StackPool stacks;

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dsnet_kernels as kernels
+from dsnet_kernels import checks, native
 
 WARM_UPS = 3
 """Runs before a capture, in which libraries choose their algorithms and allocate."""
@@ -45,10 +46,16 @@ class CudaGraphs:
         so that their replays must not overlap.
         """
         handle, side = pool
-        # An inference tensor could not be written to outside inference mode.
-        with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
+        current = torch.cuda.current_stream(x.device)
+        # An inference tensor could not be written to outside inference mode. A capture that fails
+        # at its end leaves its stream current: the outer stream() restores the caller's.
+        with (
+            torch.cuda.device(x.device),
+            torch.cuda.stream(current),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             buffer = torch.empty_like(x, memory_format=torch.channels_last)
-            current = torch.cuda.current_stream()
             buffer.copy_(x)
             side.wait_stream(current)
             with torch.cuda.stream(side):
@@ -73,8 +80,8 @@ class CudaGraphs:
 class Addresses:
     """Where the parameters and buffers of a module lie, read anew at every call.
 
-    A graph reads what lay there when it was captured: values may change in place, but another
-    tensor, or another module in its place, is at another address.
+    A graph reads the memory that it captured: values may change in place, but another tensor, or
+    another module in its place, is at another address. Strides at one address have to stay.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -88,7 +95,7 @@ class Addresses:
         if not self._children or any(now != before for now, before in self._children):
             modules = list(self._module.modules())
             self._children = [(each._modules, dict(each._modules)) for each in modules]
-            self._tensors = [d for each in modules for d in (each._parameters, each._buffers) if d]
+            self._tensors = [d for each in modules for d in (each._parameters, each._buffers)]
         return [t for d in self._tensors for t in d.values() if t is not None]
 
     def read(self) -> tuple[int, ...]:
@@ -107,14 +114,16 @@ class _Graph:
 
 
 class GraphCache:
-    """Runs a function through graphs, one for each shape, dtype, device, stream, backend and
-    address of what it reads.
+    """Runs a function through graphs, one for each kind of call.
 
-    The first call of a kind runs as it is, so that a single one pays for no graph, the second
-    captures. The graphs of a stream share their memory. A capture that fails is told once, in a
-    RuntimeWarning, and calls of its kind run without a graph from then on. Without graphs run all
-    calls where gradients may be wanted, under autocast, while compiling or tracing, on what is no
-    batch of images, and where ``cuda`` cannot capture. Copies and pickles start without any.
+    A kind is a shape, dtype, device, stream and backend, torch's TF32 flags and the addresses of
+    the parameters. Its first call runs without a graph, so that a single one pays for none; the
+    second captures. The graphs of a stream share their memory. The first capture that fails gives
+    a RuntimeWarning; calls of such a kind run without a graph from then on.
+
+    A call runs without a graph where gradients or tangents may be wanted, under autocast, function
+    transforms and dispatch modes, while compiling or tracing, on a tensor that is no batch of
+    images, and where ``cuda`` cannot capture. Copies and pickles of the cache have no graphs.
 
     Args:
         limit: kinds kept; the least recently used one leaves. 0 turns capturing off.
@@ -140,41 +149,44 @@ class GraphCache:
 
     def clear(self) -> None:
         """Lets all graphs go, such as before their parameters move."""
-        self._graphs.clear()
+        with self._lock:
+            self._graphs.clear()
 
     def run(self, function: Function, x: Tensor, module: nn.Module) -> Output:
         """``function(x)``, which reads parameters and buffers of ``module``.
 
         Both have to be the same in every call.
         """
-        if not self._applies(x):
+        if not self.applies(x):
             return function(x)
-        if self._addresses is None:
-            self._addresses = Addresses(module)
         place = (x.device, self._cuda.stream(x))
-        key = (*place, x.shape, x.dtype, kernels.current_backend(), self._addresses.read())
         # Replays of a graph share its buffers.
         with self._lock:
-            replay = self._replay(key, place, function, x)
+            if self._addresses is None:
+                self._addresses = Addresses(module)
+            flags = (native.tf32_allowed("conv"), native.tf32_allowed("matmul"))
+            kind = (*place, x.shape, x.dtype, kernels.current_backend(), *flags)
+            key = (*kind, self._addresses.read())
+            replay = self._replay(key, function, x) if key in self._graphs else None
             if replay is not None:
                 return replay(x)
-        return function(x)
+        output = function(x)
+        # A call that raises is of no kind: its error is the caller's, not a failed capture's.
+        with self._lock:
+            if key not in self._graphs:
+                while len(self._graphs) >= self.limit:
+                    self._graphs.popitem(last=False)
+                self._graphs[key] = _Graph(place)
+        return output
 
-    def _replay(
-        self, key: tuple, place: tuple[torch.device, int], function: Function, x: Tensor
-    ) -> Function | None:
-        """The graph of this kind of call, captured in the second one; None in the first."""
-        if key not in self._graphs:
-            while len(self._graphs) >= self.limit:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph(place)
-            return None
+    def _replay(self, key: tuple, function: Function, x: Tensor) -> Function | None:
+        """The graph of a kind of call, captured if there is none; None if that fails."""
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         if graph.replay is None and not graph.failed:
             try:
                 # A pool ends with its last graph.
-                pools = (each.pool for each in self._graphs.values() if each.place == place)
+                pools = (each.pool for each in self._graphs.values() if each.place == graph.place)
                 graph.pool = next(filter(None, pools), None) or self._cuda.pool(x)
                 graph.replay = self._cuda.capture(function, x, graph.pool)
             except Exception as error:  # A service goes on without graphs, out of memory or not.
@@ -193,8 +205,15 @@ class GraphCache:
             stacklevel=2,
         )
 
-    def _applies(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    def applies(self, x: Tensor) -> bool:
+        """Whether a call on x may run through a graph."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or checks.differentiates():
+            return False
+        # Function transforms such as vmap have tensors of their own; modes such as a counter of
+        # FLOPs would see no operation in a replay.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        if torch._C._len_torch_dispatch_stack() > 0:
             return False
         # Subclasses are fakes and such, whose values no graph computes.
         if self.limit < 1 or type(x) is not Tensor or x.dim() != 4 or x.numel() == 0:

@@ -46,6 +46,26 @@ class Optimized(nn.Module):
         """The state dict of the source when it was optimised, on the CPU, bit for bit."""
         return copy.deepcopy(self._original)
 
+    def warm_up(self, shapes: Iterable[Sequence[int]]) -> "Optimized":
+        """Prepares each DSNet inside for images of these shapes.
+
+        Args:
+            shapes: likewise of :meth:`OptimizedDSNet.warm_up`.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: if there is no DSNet inside, or for shapes that one refuses.
+        """
+        networks = [each for each in self.modules() if isinstance(each, OptimizedDSNet)]
+        if not networks:
+            raise ValueError(f"warm_up: expected a DSNet inside, got {type(self.module).__name__}")
+        shapes = list(shapes)
+        for network in networks:
+            network.warm_up(shapes)
+        return self
+
     def train(self, mode: bool = True) -> "Optimized":
         if mode:
             raise RuntimeError(INFERENCE_ONLY)
@@ -104,6 +124,7 @@ class OptimizedDSNet(Optimized):
 
         Everything that a first call compiles or packs is made; on a GPU the Triton kernels are
         compiled many at a time, and a CUDA graph of each shape is captured for the current stream.
+        Autocast has no effect here; calls under it run without a graph.
 
         Args:
             shapes: of the images, (B, C, H, W); their dtype and device are those of the network.
@@ -112,11 +133,18 @@ class OptimizedDSNet(Optimized):
             The network itself.
 
         Raises:
-            ValueError: for a shape that the network does not take.
+            ValueError: for a shape that the network does not take, or more shapes than graphs
+                are kept.
         """
         weight = self.module.stages[0].embed.weight
-        with torch.inference_mode():
-            batches = [weight.new_zeros(tuple(shape)) for shape in shapes]
+        limit = self.graphs.limit
+        with torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
+            batches = [weight.new_zeros(shape) for shape in dict.fromkeys(map(tuple, shapes))]
+            if len(batches) > limit and any(map(self.graphs.applies, batches)):
+                raise ValueError(
+                    f"shapes: expected at most {limit}, the number of graphs that dsnet.optimize"
+                    f" was asked to keep, got {len(batches)}"
+                )
             if weight.is_cuda:
                 triton.compile_in_parallel(lambda: [self._forward(x) for x in batches])
             for x in batches:
