@@ -76,8 +76,8 @@ def find_toolkit() -> Toolkit | None:
     """The toolkit on this machine, or None where there is no nvcc.
 
     Raises:
-        ToolkitError: if nvcc does not run or knows none of the architectures.
-        SystemExit: for a malformed variable.
+        ToolkitError: if CUDACXX is no program, TORCH_CUDA_ARCH_LIST is malformed, or nvcc does not
+            run or knows none of the architectures.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -129,8 +129,15 @@ def _output(nvcc: Path, *options: str) -> str:
 
 
 def find_nvcc() -> Path | None:
-    """CUDACXX, else CUDA_HOME's nvcc, else that on PATH, else the usual folder's."""
-    candidates = [os.environ.get("CUDACXX")]
+    """CUDACXX, else CUDA_HOME's nvcc, else that on PATH, else the usual folder's.
+
+    Raises:
+        ToolkitError: if CUDACXX is no program.
+    """
+    named = os.environ.get("CUDACXX")
+    if named and shutil.which(named) is None:
+        raise ToolkitError(f"CUDACXX: expected a compiler, got {named!r}")
+    candidates = [named]
     if os.environ.get("CUDA_HOME"):
         candidates.append(f"{os.environ['CUDA_HOME']}/bin/nvcc")
     candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -156,18 +163,23 @@ def _visible_gpus() -> list[str]:
 
 
 def architectures(names: list[str]) -> list[int]:
-    """``["9.0a", "8.0+PTX"]`` → ``[80, 90]``: no kernel uses what a and f add; PTX is always there.
+    """``["7.5", "9.0a", "8.0+PTX"]`` → ``[80, 90]``: the kernels begin at 8.0 and use no additions
+    of a and f; PTX is always there.
 
     Raises:
-        SystemExit: for a name that is not a compute capability of 8.0 or newer.
+        ToolkitError: for a name that is no compute capability, or if all are older.
     """
     found = set()
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
-        if not match or int(match[1] + match[2]) < OLDEST:
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: expected capabilities of 8.0 or newer such as"
-                f" '8.0 9.0+PTX', got {name!r}"
+        if match is None:
+            raise ToolkitError(
+                f"TORCH_CUDA_ARCH_LIST: expected names such as 8.0 and 9.0+PTX, got {name!r}"
             )
         found.add(int(match[1] + match[2]))
-    return sorted(found)
+    kept = sorted(number for number in found if number >= OLDEST)
+    if not kept:
+        raise ToolkitError(
+            f"TORCH_CUDA_ARCH_LIST: expected a capability of 8.0 or newer, got {' '.join(names)!r}"
+        )
+    return kept

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsnet.bench import contention, remarks, row, session, table, timing
 from dsnet.bench.report import Report, Result, Row
@@ -74,6 +75,31 @@ def test_a_run_ends_near_its_budget_and_names_the_rows_left_out(machine, slower)
     assert bool(found.missing) is (slower > 1)
     printed = table.render(found)
     assert all(title in " ".join(printed.split()) for title in found.missing)
+
+
+def test_a_row_that_cannot_be_cut_short_is_not_started_near_the_end(machine):
+    def task(number, seconds, least):
+        def run(until):
+            machine.now += seconds
+            return found_row(f"row {number}")
+
+        return Task(f"row {number}", run, seconds, least)
+
+    found = take(machine, [task(0, 50, 0.0), task(1, 8, 30.0), task(2, 8, 0.0)], budget=60)
+    assert [each.subject for each in found.rows] == ["row 0", "row 2"]
+    assert found.missing == ("row 1",)
+
+
+def test_a_row_without_memory_leaves_the_others(machine):
+    def fails(until):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    tasks = [Task("large", fails), Task("small", lambda until: found_row("small"))]
+    found = take(machine, tasks, budget=60)
+    assert [each.subject for each in found.rows] == ["small"]
+    assert found.failed == ("large: CUDA out of memory.",)
+    assert "could not be timed: large: CUDA out of memory." in table.render(found)
+    assert session.deliver(found, None) == 1
 
 
 def test_time_that_a_row_leaves_goes_to_the_later_ones(machine):
@@ -158,6 +184,8 @@ def execve(monkeypatch):
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
     monkeypatch.delenv(contention.POLICY, raising=False)
     monkeypatch.setattr(sys, "argv", ["dsnet", "bench", "--batch", "1"])
+    started_with = ["python", "-X", "dev", "/bin/dsnet", "bench", "--batch", "1"]
+    monkeypatch.setattr(sys, "orig_argv", started_with)
     return started
 
 
@@ -165,7 +193,7 @@ def test_shared_cores_make_threads_wait_passively(execve, monkeypatch):
     monkeypatch.setattr(contention, "busy_cores", lambda: 1.0)
     contention.wait_passively_on_shared_cores(["bench", "--batch", "1"])
     ((_, command, environment),) = execve
-    assert command[1:] == ["-m", "dsnet", "bench", "--batch", "1"]
+    assert command == [sys.executable, "-X", "dev", "/bin/dsnet", "bench", "--batch", "1"]
     assert environment[contention.POLICY] == "PASSIVE"
 
 

@@ -135,8 +135,19 @@ def test_an_nvcc_that_does_not_run_is_an_error(cuda_toolkit, tmp_path):
 
 @pytest.mark.parametrize("name", ["7.5", "Hopper", "90", "8.0+SASS"])
 def test_architectures_that_kernels_cannot_have(cuda_toolkit, name):
-    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected .* got"):
+    with pytest.raises(cuda_toolkit.ToolkitError, match=r"TORCH_CUDA_ARCH_LIST: expected .* got"):
         cuda_toolkit.architectures([name])
+
+
+def test_architectures_older_than_the_kernels_are_left_out(cuda_toolkit):
+    assert cuda_toolkit.architectures(["5.2", "7.5", "8.0", "9.0a+PTX"]) == [80, 90]
+
+
+def test_a_named_compiler_that_is_not_there_is_an_error(cuda_toolkit, monkeypatch, tmp_path):
+    fake_nvcc(tmp_path / "nvcc")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "other"))
+    with pytest.raises(cuda_toolkit.ToolkitError, match="CUDACXX: expected a compiler, got"):
+        cuda_toolkit.find_toolkit()
 
 
 @pytest.fixture

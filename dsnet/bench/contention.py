@@ -24,7 +24,7 @@ STAT = Path("/proc/stat")
 
 
 def wait_passively_on_shared_cores(arguments: Sequence[str]) -> None:
-    """Replaces this process by ``python -m dsnet`` with passive threads if the cores are shared.
+    """Starts this process anew, as it was started, with passive threads if the cores are shared.
 
     It does nothing where the policy is set, and where ``arguments`` are not those of this process,
     as in a call of :func:`dsnet.cli.main` by another program.
@@ -36,7 +36,8 @@ def wait_passively_on_shared_cores(arguments: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, POLICY: "PASSIVE"}
-    os.execve(sys.executable, [sys.executable, "-m", "dsnet", *arguments], environment)
+    # ``-m dsnet`` would import a checkout in the current folder in place of the installed package.
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def busy_cores() -> float:

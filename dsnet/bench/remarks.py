@@ -18,12 +18,14 @@ def contention(share: float) -> str:
 
 
 def missing(report: Report) -> list[str]:
-    """The rows for which there was no time."""
-    if not report.missing:
-        return []
-    count = len(report.missing)
-    rows = "1 row was" if count == 1 else f"{count} rows were"
-    return [f"{rows} not timed, the time of --budget was over: {'; '.join(report.missing)}"]
+    """The rows for which there was no time or no memory."""
+    lines = [f"could not be timed: {each}" for each in report.failed]
+    if report.missing:
+        count = len(report.missing)
+        rows = "1 row was" if count == 1 else f"{count} rows were"
+        titles = "; ".join(report.missing)
+        lines.append(f"{rows} not timed, the time of --budget was over: {titles}")
+    return lines
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

@@ -175,6 +175,7 @@ class Report:
         cpu_share: CPU time that this work had over the wall-clock time of its threads: less than 1
             where other programs use the cores. None on a GPU, and where it was not measured.
         missing: titles of the rows for which there was no time.
+        failed: titles of the rows for which there was no memory, with the error.
     """
 
     machine: dict[str, Any]
@@ -188,6 +189,7 @@ class Report:
     yardstick: tuple[float, ...] = ()
     cpu_share: float | None = None
     missing: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
     schema: str = SCHEMA
     version: int = VERSION
 

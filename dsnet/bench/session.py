@@ -52,7 +52,7 @@ def take(
         environment["versions"] |= versions(list(baselines))
         roofs = measure_roofs(dtypes, device=device)
         probe = Probe(yardstick(device))
-        rows, missing = _run(tasks, probe, start + budget, clock)
+        rows, missing, failed = _run(tasks, probe, start + budget, clock)
         probe()
     return Report(
         **environment,
@@ -63,6 +63,7 @@ def take(
         yardstick=tuple(probe.seconds),
         cpu_share=None if device.gpu else statistics.median(probe.cpu_shares),
         missing=tuple(missing),
+        failed=tuple(failed),
     )
 
 
@@ -91,7 +92,8 @@ def deliver(result: Report, path: str | None) -> int:
     """Prints the table, and writes the report to ``path``; with ``-`` prints the report instead.
 
     Returns:
-        The exit status: 1 if one of ours failed its check or could not run, else 0.
+        The exit status: 1 if one of ours failed its check or could not run, or a row had not
+        enough memory, else 0.
     """
     if path == "-":
         print(result.to_json(), end="")
@@ -99,7 +101,7 @@ def deliver(result: Report, path: str | None) -> int:
         print(render(result), end="")
         if path:
             report.write_atomically(path, result.to_json())
-    return 1 if any(row.failed() for row in result.rows) else 0
+    return 1 if result.failed or any(row.failed() for row in result.rows) else 0
 
 
 def check_target(path: str | None) -> None:
@@ -112,26 +114,32 @@ def check_target(path: str | None) -> None:
 
 def _run(
     tasks: Sequence[Task], probe: Probe, deadline: float, clock: Callable[[], float]
-) -> tuple[list[Row], list[str]]:
-    """The rows, and the titles of those for which there was no time."""
+) -> tuple[list[Row], list[str], list[str]]:
+    """The rows, the titles of those without time, and of those without memory with the reason."""
     rows: list[Row] = []
     missing: list[str] = []
+    failed: list[str] = []
     try:
         for index, task in enumerate(tasks):
             now = clock()
             left = deadline - now
-            if rows and left < WORTH_STARTING * task.seconds:
+            if rows and left < max(task.least, WORTH_STARTING * task.seconds):
                 missing.append(task.title)
                 continue
             number = f"[{index + 1}/{len(tasks)}]"
             progress(f"{number} {task.title}")
             probe()
             share = task.seconds / sum(each.seconds for each in tasks[index:])
-            rows.append(task.run(until=now + max(0.0, left) * share))
+            try:
+                rows.append(task.run(until=now + max(0.0, left) * share))
+            except torch.OutOfMemoryError as error:
+                failed.append(f"{task.title}: {str(error).splitlines()[0]}")
+                _tell(f"{number} {failed[-1]}")
+                continue
             _tell(f"{number} {task.title}: {row_line(rows[-1])}, {clock() - now:.1f} s")
     finally:
         progress("")
-    return rows, missing
+    return rows, missing, failed
 
 
 def _tell(line: str) -> None:
