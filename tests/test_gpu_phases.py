@@ -14,15 +14,15 @@ import pytest
 import torch
 from gpu_records import PHASE, ROOFS, row, with_rows
 
-from benchmarks.gpu import build, devices, rows, sanitizer, summary, tables, tests
+from benchmarks.gpu import build, devices, rows, sanitizer, summary, tables, tests, warm_up
 from benchmarks.gpu.counts import Count
 from benchmarks.gpu.journal import counted
 from benchmarks.gpu.program import Context, MissingError
 
 
 def test_sanitizer_asks_each_tool_for_an_exit_status_of_its_own():
-    assert sanitizer.command("racecheck", ["python", "script"]) == [
-        *("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "86"),
+    assert sanitizer.command("/bin/tool", "racecheck", ["python", "script"]) == [
+        *("/bin/tool", "--tool", "racecheck", "--error-exitcode", "86"),
         *("--print-limit", "20", "python", "script"),
     ]
 
@@ -83,13 +83,13 @@ def test_errors_count_also_of_a_tool_that_did_not_finish():
 
 
 def test_a_backend_that_fails_without_a_tool_is_given_to_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: "/bin/tool")
     plain = {"cuda": 0, "triton": 3}
     monkeypatch.setattr(
         sanitizer, "script", lambda backend: python(f"raise SystemExit({plain[backend]})")
     )
     monkeypatch.setattr(
-        sanitizer, "command", lambda tool, script: python("print('ERROR SUMMARY: 0 errors')")
+        sanitizer, "command", lambda path, tool, script: python("print('ERROR SUMMARY: 0 errors')")
     )
     monkeypatch.setattr("benchmarks.gpu.warm_up.fill_cache", lambda function: 0)
     context = Context(tmp_path / "result.json", dry_run=False, limit=100)
@@ -99,8 +99,29 @@ def test_a_backend_that_fails_without_a_tool_is_given_to_none(tmp_path, monkeypa
     assert {tool["status"] for tool in context.results["tools"].values()} == {"passed"}
 
 
+def test_the_sanitizer_is_found_in_the_toolkit_too(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert sanitizer.find_sanitizer() == str(tool)
+
+
+def test_a_cache_that_cannot_be_filled_is_told_and_stops_nothing(monkeypatch, capsys):
+    def fails(function):
+        raise RuntimeError("ptxas refused a variant")
+
+    monkeypatch.setattr(warm_up, "fill_cache", fails)
+    warm_up.warm_up(sanitizer.small_inputs_on_triton)
+    printed = capsys.readouterr()
+    assert "Triton's cache is not filled" in printed.out
+    assert "ptxas refused a variant" in printed.err
+
+
 def test_missing_sanitizer_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: None)
     with pytest.raises(MissingError, match="compute-sanitizer: expected on PATH"):
         sanitizer.run(Context(tmp_path / "result.json", dry_run=False))
 
@@ -251,6 +272,22 @@ def test_a_row_without_time_is_named(tmp_path):
     tasks = [rows.Task("one", never), rows.Task("two", never)]
     assert rows.take(context, tasks) == "no time was left for 2 rows"
     assert context.results["missing"] == ["one", "two"]
+
+
+def test_a_phase_that_ends_within_a_row_has_named_what_is_left(tmp_path):
+    def fails(until):
+        raise ValueError("too much")
+
+    def interrupted(until):
+        raise KeyboardInterrupt
+
+    context = Context(tmp_path / "result.json", dry_run=False, limit=100)
+    tasks = [rows.Task("one", fails), rows.Task("two", interrupted), rows.Task("three", fails)]
+    with pytest.raises(KeyboardInterrupt):
+        rows.take(context, tasks)
+    written = json.loads((tmp_path / "result.json").read_text("utf-8"))["results"]
+    assert written["missing"] == ["two", "three"]
+    assert written["failures"] == ["one: ValueError: too much"]
 
 
 def test_a_row_that_raises_stops_no_later_one(tmp_path):

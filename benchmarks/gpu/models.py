@@ -16,7 +16,7 @@ from .counts import Count
 from .devices import device_of
 from .program import Context
 from .tables import MODEL
-from .warm_up import fill_cache, variants
+from .warm_up import variants, warm_up
 
 SIZE = (224, 224)
 BF16, FLOAT32 = torch.bfloat16, torch.float32
@@ -65,7 +65,7 @@ def run(context: Context) -> str | None:
         problem = _count(context)
     elif "cuda" not in dsnet_kernels.available_backends("co_attention"):
         # Without its library, auto runs on Triton, which compiles one variant after the other.
-        print(f"Triton variants compiled: {fill_cache(networks_on_triton)}", flush=True)
+        warm_up(networks_on_triton)
     found = rows.take(context, list(tasks(context)))
     return "; ".join(filter(None, (problem, found))) or None
 

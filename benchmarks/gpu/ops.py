@@ -22,7 +22,7 @@ from .devices import CALLS, device_of, many_calls
 from .program import Context
 from .roofs import measured
 from .tables import MODEL
-from .warm_up import fill_cache, variants
+from .warm_up import variants, warm_up
 
 SIZE, LARGE = (224, 224), (800, 1333)
 BACKENDS = ("cuda", "triton")
@@ -96,7 +96,7 @@ def run(context: Context) -> str | None:
     if context.dry_run:
         problem = _count(context)
     elif "triton" in dsnet_kernels.available_backends("co_attention"):
-        print(f"Triton variants compiled: {fill_cache(operations_on_triton)}", flush=True)
+        warm_up(operations_on_triton)
     device = device_of(context)
     context.results |= measured(device, context.dry_run)
     plans = DRY_PLANS if context.dry_run else PLANS

@@ -18,15 +18,16 @@ MARGIN = 10.0
 def take(context: Context, tasks: Sequence[Task]) -> str | None:
     """Runs the tasks and returns the reason why a row failed or was left out; None if all passed.
 
-    Rows for which there is no time are named in the results under ``missing``.
+    The results name failed rows under ``failures``, and rows without a time under ``missing``. Both
+    are written before each row too: the end of the phase may come within one.
     """
-    context.results |= {"rows": [], "missing": []}
-    failures = []
+    failures: list[str] = []
+    context.results |= {"rows": [], "failures": failures, "missing": []}
     for i, task in enumerate(tasks):
+        context.results["missing"] = [each.title for each in tasks[i:]]
+        context.write()
         left = context.left() - MARGIN
         if left <= 0:
-            context.results["missing"] = [each.title for each in tasks[i:]]
-            context.write()
             break
         start = time.monotonic()
         try:
@@ -40,12 +41,14 @@ def take(context: Context, tasks: Sequence[Task]) -> str | None:
             # Graphs and their memory pools may be part of cycles.
             gc.collect()
         context.results["rows"].append(dataclasses.asdict(row))
-        context.write()
         seconds = time.monotonic() - start
         line = "done" if context.dry_run else row_line(row)
         print(f"[{i + 1}/{len(tasks)}] {task.title}: {line} ({seconds:.1f} s)", flush=True)
         if row.failed():
             failures.append(task.title)
+    else:
+        context.results["missing"] = []
+    context.write()
     problems = [f"failed: {'; '.join(failures)}"] if failures else []
     missing = context.results["missing"]
     problems += [f"no time was left for {len(missing)} rows"] if missing else []

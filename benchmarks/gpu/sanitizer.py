@@ -38,19 +38,26 @@ def script(backend: str, device: str = "cuda") -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu.small_inputs", device, backend]
 
 
-def command(tool: str, program: list[str]) -> list[str]:
+def find_sanitizer() -> str | None:
+    """The path of compute-sanitizer: on PATH, else in the folder of the CUDA toolkit."""
+    toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    folders = [os.environ.get("PATH", os.defpath), f"{toolkit}/bin"]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def command(path: str, tool: str, program: list[str]) -> list[str]:
     options = ["--error-exitcode", str(FOUND), "--print-limit", "20"]
-    return ["compute-sanitizer", "--tool", tool, *options, *program]
+    return [path, "--tool", tool, *options, *program]
 
 
 def run(context: Context) -> str | None:
-    path = shutil.which("compute-sanitizer")
+    path = find_sanitizer()
     results = context.results
     results |= {"compute_sanitizer": path, "plain": {}, "tools": {}}
     if context.dry_run:
         return _dry(context)
     if path is None:
-        raise MissingError("compute-sanitizer: expected on PATH, found none")
+        raise MissingError("compute-sanitizer: expected on PATH or in CUDA_HOME, found none")
     for i, (backend, tool) in enumerate(RUNS):
         if backend not in results["plain"]:
             # Without a tool first: a failure here is none of its findings.
@@ -61,7 +68,9 @@ def run(context: Context) -> str | None:
         # The first tools are the most important: half of the time left, or an even share.
         left = context.left() - ENDING
         limit = max(left / 2, left / (len(RUNS) - i))
-        results["tools"][f"{backend} {tool}"] = _streamed(command(tool, script(backend)), limit)
+        results["tools"][f"{backend} {tool}"] = _streamed(
+            command(path, tool, script(backend)), limit
+        )
         context.write()
     found = {f"plain {name}": result for name, result in results["plain"].items()}
     found |= results["tools"]
@@ -72,9 +81,9 @@ def run(context: Context) -> str | None:
 def _plain(backend: str, limit: float) -> dict:
     start = time.monotonic()
     if backend == "triton":
-        from .warm_up import fill_cache
+        from .warm_up import warm_up
 
-        print(f"Triton variants compiled: {fill_cache(small_inputs_on_triton)}", flush=True)
+        warm_up(small_inputs_on_triton)
     result = _streamed(script(backend), limit - (time.monotonic() - start))
     # A plain run has no summary: its exit status is its verdict.
     if result["status"] != "timeout":
@@ -151,7 +160,7 @@ def _dry(context: Context) -> str | None:
     from .warm_up import variants
 
     for backend, tool in RUNS:
-        print(shlex.join(command(tool, script(backend))), flush=True)
+        print(shlex.join(command("compute-sanitizer", tool, script(backend))), flush=True)
         context.results["tools"][f"{backend} {tool}"] = {"status": "not run"}
     count = small_inputs("reference", "cpu")
     print(f"{count} calls forward and backward on the CPU", flush=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -24,6 +25,18 @@ def variants(function: Callable[[], None]) -> int | None:
     from ..compile_gates.triton_driver import compilations
 
     return sum(compilations(function).values())
+
+
+def warm_up(function: Callable[[], None]) -> None:
+    """Fills Triton's cache as :func:`fill_cache` does, and prints the result.
+
+    A failure is printed and costs time alone: the kernels then compile one after the other.
+    """
+    try:
+        print(f"Triton variants compiled: {fill_cache(function)}", flush=True)
+    except Exception:
+        traceback.print_exc()
+        print("Triton's cache is not filled: kernels compile one after the other", flush=True)
 
 
 def fill_cache(
