@@ -119,8 +119,8 @@ def test_scaling_is_one_record_of_all_curves(quick, tmp_path, monkeypatch, capsy
     assert status == 0
     points = [(row.series, row.subject, row.shape[0], row.threads) for row in found.rows]
     assert points == [
-        ("batch", "dsnet_tiny", 1, None),
         ("size", "co_attention", 1, None),
+        ("batch", "dsnet_tiny", 1, None),
         ("size", "dsnet_tiny", 1, None),
         ("threads", "dsnet_tiny", 2, 1),
         ("threads", "dsnet_tiny", 2, 2),

@@ -234,6 +234,7 @@ on_kernel_backends = pytest.mark.parametrize("backend", sorted(set(OPERATION.pre
 )
 def test_refusals_give_the_reason(monkeypatch, backend, grid, tokens, dim, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(native, "_library_refusal", lambda index: None)
     monkeypatch.setattr(dsnet_kernels.triton, "import_refusal", lambda: None)
     streams = OnDevice(backend, (2, 12, *grid)), OnDevice(backend, (2, tokens, 20))
     weight = OnDevice(backend, (12, dim))

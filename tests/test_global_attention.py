@@ -8,7 +8,7 @@ from peak_memory import printed_by
 from variants import OnDevice, on_variants
 
 import dsnet_kernels
-from dsnet_kernels import global_attention
+from dsnet_kernels import global_attention, native
 from dsnet_kernels.backends import OPERATIONS
 from dsnet_kernels.reference.dropout import keep_mask, philox
 
@@ -57,6 +57,7 @@ KERNELS = sorted(set(OPERATION.present) - {"sdpa"})
 @pytest.mark.parametrize(("width", "heads"), [(12, 1), (20, 5), (272, 2)])
 def test_other_head_dimensions_are_refused_with_the_reason(monkeypatch, backend, width, heads):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(native, "_library_refusal", lambda index: None)
     monkeypatch.setattr(dsnet_kernels.triton, "import_refusal", lambda: None)
     reason = OPERATION.can_run[backend](OnDevice(backend, (1, 9, width)), num_heads=heads)
     expected = f"the head dimension is {width // heads}; the kernel takes multiples of 8 up to 128"

@@ -17,14 +17,16 @@ class _Pointer:
     """What Triton looks at of a tensor when it chooses a variant."""
 
     dtype: torch.dtype
-    address: int  # modulo 16
+    address: int  # 0 for a multiple of 16, which is all that variants depend on
 
     def data_ptr(self) -> int:
         return self.address
 
 
 def _stand_in(value: Any) -> Any:
-    return _Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return _Pointer(value.dtype, min(value.data_ptr() % 16, 1))
 
 
 def _kind(value: Any) -> Any:
