@@ -77,7 +77,12 @@ def _collect(function: Callable[[], object]) -> list[_Variant]:
 def compile_in_parallel(function: Callable[[], object], threads: int | None = None) -> int:
     """What ``dsnet_kernels.triton.compile_in_parallel`` documents."""
     variants = _collect(function)
+    first = {(id(each.kernel), each.device): each for each in variants}
+    chosen = {id(each) for each in first.values()}
+    others = [each for each in variants if id(each) not in chosen]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        # The list raises what a compilation raised.
-        list(pool.map(_Variant.compile, variants))
+        # One variant of each kernel before the others: the first compilation makes its cache,
+        # and Triton would lose one of two caches made at once. The lists raise errors.
+        list(pool.map(_Variant.compile, first.values()))
+        list(pool.map(_Variant.compile, others))
     return len(variants)
