@@ -232,8 +232,8 @@ def assert_within_budget(
     """err(kernel) ≤ slack·err(same-dtype reference) + 2·eps·max|oracle|, for maximum and RMS.
 
     A gradient must also point where the oracle's does, so that zeros cannot hide in a tolerance.
-    In float64 the oracle is the reference itself: there the budget is 1e-11·max|oracle|. Of several
-    references the largest error counts.
+    In float64 the oracle is the reference itself: there the budget is 1e-11·max|oracle|. Among
+    several references the largest error counts.
 
     A gradient that is exactly zero, since its terms cancel, is judged apart: the reference's error
     is then a few roundings that depend on its order of additions. ``cancelling`` has Σ|terms| of

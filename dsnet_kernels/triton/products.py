@@ -49,7 +49,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Matrices:
-    """What a group's rows are multiplied with: rows and columns ``strides`` apart, one of them 1.
+    """The matrix that multiplies a group's rows; one of its two ``strides`` is 1.
 
     The first group's begins at element ``begin``, the next ``step`` behind.
     """

@@ -1,4 +1,4 @@
-"""What the tests for the interpreter alone share."""
+"""Fixtures of the tests that run in Triton's interpreter."""
 
 import pytest
 

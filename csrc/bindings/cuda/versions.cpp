@@ -1,6 +1,7 @@
 // The CUDA versions that Python compares before the first launch.
 
-// Of the CUDA runtime, whose headers the bindings do without; both return a cudaError_t.
+// Two functions of the CUDA runtime, declared here because the bindings do not include its headers.
+// Each returns a cudaError_t.
 extern "C" int cudaDriverGetVersion(int* version);
 extern "C" int cudaRuntimeGetVersion(int* version);
 
