@@ -1,9 +1,8 @@
 """Threads that wait passively where other programs use the cores.
 
 OpenMP's threads spin while they wait for one another. On shared cores they spin away the time that
-the thread they wait for would need: a loop of small calls was 2.4 times as fast with passive
-waiting, two cores being shared with a dozen processes. The policy is read when torch is loaded, so
-a process that has loaded it starts anew.
+the thread they wait for would need. The policy is read when torch is loaded, so a process that has
+loaded it starts anew.
 """
 
 import os

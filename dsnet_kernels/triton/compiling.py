@@ -14,7 +14,7 @@ from .launch import Launch, collector
 
 @dataclass(frozen=True)
 class _Pointer:
-    """What Triton looks at of a tensor when it chooses a variant."""
+    """The properties of a tensor by which Triton chooses a variant."""
 
     dtype: torch.dtype
     address: int  # 0 for a multiple of 16, which is all that variants depend on
@@ -51,7 +51,7 @@ class _Variant:
 
 
 def _collect(function: Callable[[], object]) -> list[_Variant]:
-    """What ``function()`` launches, which is not run."""
+    """The launches of ``function()``, none of which runs."""
     found: dict[tuple[Any, ...], _Variant] = {}
 
     def take(launch: Launch, args: tuple[Any, ...]) -> None:
@@ -75,7 +75,7 @@ def _collect(function: Callable[[], object]) -> list[_Variant]:
 
 
 def compile_in_parallel(function: Callable[[], object], threads: int | None = None) -> int:
-    """What ``dsnet_kernels.triton.compile_in_parallel`` documents."""
+    """See :func:`dsnet_kernels.triton.compile_in_parallel`."""
     variants = _collect(function)
     first = {(id(each.kernel), each.device): each for each in variants}
     chosen = {id(each) for each in first.values()}
